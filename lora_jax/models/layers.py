@@ -1,0 +1,156 @@
+"""What the families share: norms, activations, the attention mask, attention itself, pooling, positions.
+
+Norms and softmax are computed in float32, products in the weights' dtype. Attention takes grouped keys as they are:
+the queries get a group axis, the keys are never copied.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lora_jax.errors import UserError, did_you_mean
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
+    "relu": lambda x: jnp.maximum(x, 0),
+    "silu": nn.silu,
+    "swish": nn.silu,
+}
+
+
+def check_activation(name: str) -> str:
+    """Returns the name of a supported activation.
+
+    Raises:
+      UserError: it is not one.
+    """
+    if name not in ACTIVATIONS:
+        raise UserError(f"config.json: hidden_act {name!r} is not supported; {did_you_mean(str(name), ACTIVATIONS)}")
+    return name
+
+
+def _row(vector_D: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector as a row of `like`'s rank and dtype (a rank is never promoted silently)."""
+    return vector_D.reshape((1,) * (like.ndim - 1) + (-1,)).astype(like.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale (Zhang and Sennrich 2019, arXiv 1910.07467); rounded to x's dtype before the scale."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return y.astype(x.dtype) * _row(scale_D, x)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * scale + bias, all in float32; same dtype as x."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias_D = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return (y * _row(scale_D, y) + _row(bias_D, y)).astype(x.dtype)
+
+
+def visible(
+    query_slots_T: jax.Array,
+    key_slots_S: jax.Array,
+    *,
+    key_mask_BxS: jax.Array | None = None,
+    segments_BxT: jax.Array | None = None,
+    causal: bool = False,
+    window: int | None = None,
+) -> jax.Array | None:
+    """Which query may look at which key.
+
+    Args:
+      query_slots_T: int32, the place of each query among the keys.
+      key_slots_S: int32, 0 to S-1.
+      key_mask_BxS: True or 1 where a key is a real token.
+      segments_BxT: segment of every token when queries and keys are the same tokens; others are invisible.
+      causal: no query sees a later key.
+      window: with `causal`, a query sees the last `window` keys, itself included.
+
+    Returns:
+      (B or 1, T, S) bool, or None if everything is visible.
+    """
+    parts = []
+    ahead_TxS = query_slots_T[:, None] - key_slots_S[None, :]
+    if causal:
+        parts.append(ahead_TxS[None] >= 0)
+    if window is not None:
+        parts.append(ahead_TxS[None] < window)
+    if key_mask_BxS is not None:
+        parts.append(key_mask_BxS.astype(bool)[:, None, :])
+    if segments_BxT is not None:
+        parts.append(segments_BxT[:, :, None] == segments_BxT[:, None, :])
+    if not parts:
+        return None
+    mask = parts[0]
+    for part in parts[1:]:
+        mask = mask & part
+    return mask
+
+
+def attend(
+    q_BxTxHxD: jax.Array,
+    k_BxKxSxD: jax.Array,
+    v_BxKxSxD: jax.Array,
+    mask_BxTxS: jax.Array | None,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention; H = K * G query heads share K key heads, G neighbours each.
+
+    Args:
+      q_BxTxHxD: queries.
+      k_BxKxSxD, v_BxKxSxD: keys and values, heads before time (the layout of the cache).
+      mask_BxTxS: bool, True = visible; None = all. A query that sees nothing gets a mean of all values, never NaN.
+      dropout: applied to the probabilities (B, K, G, T, S).
+
+    Returns:
+      (B, T, H * D), q's dtype. Logits and softmax are float32.
+    """
+    b, t, h, d = q_BxTxHxD.shape
+    kv = k_BxKxSxD.shape[1]
+    q = q_BxTxHxD.reshape(b, t, kv, h // kv, d)
+    logits = jnp.einsum("btkgd,bksd->bkgts", q, k_BxKxSxD, preferred_element_type=jnp.float32) * d**-0.5
+    if mask_BxTxS is not None:
+        logits = jnp.where(mask_BxTxS[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(logits, axis=-1).astype(v_BxKxSxD.dtype)
+    if dropout is not None:
+        probs = dropout(probs)
+    return jnp.einsum("bkgts,bksd->btkgd", probs, v_BxKxSxD).reshape(b, t, h * d)
+
+
+def default_positions(tokens_BxT: jax.Array, segments_BxT: jax.Array | None) -> jax.Array:
+    """Positions where the caller gives none: 0 to T-1, counted anew in every packed segment. (B or 1, T) int32."""
+    slots = jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None]
+    if segments_BxT is None:
+        return slots
+    before = jnp.pad(segments_BxT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return slots - jax.lax.cummax(jnp.where(segments_BxT != before, slots, 0), axis=1)
+
+
+def last_real(mask_BxT: jax.Array) -> jax.Array:
+    """Slot of the last real token of every row, 0 if there is none. (B,) int32."""
+    slots = jnp.arange(mask_BxT.shape[1], dtype=jnp.int32)[None]
+    return jnp.max(jnp.where(mask_BxT.astype(bool), slots, 0), axis=1)
+
+
+def take(hidden_BxTxD: jax.Array, at_BxS: jax.Array) -> jax.Array:
+    """Hidden states at chosen slots: (B, S, D)."""
+    return jnp.take_along_axis(hidden_BxTxD, at_BxS[:, :, None], axis=1)

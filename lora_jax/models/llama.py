@@ -1,0 +1,357 @@
+"""The Llama family of decoders: Llama, Mistral (sliding window), Qwen2 (biases on q, k, v).
+
+Touvron et al. 2023, LLaMA, arXiv 2302.13971; Jiang et al. 2023, Mistral 7B, arXiv 2310.06825; Yang et al. 2024, Qwen2,
+arXiv 2407.10671. Pre-norm blocks of grouped-query attention with rotary positions and a gated MLP.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lora_jax.errors import UserError
+from lora_jax.models import cache as caches
+from lora_jax.models import layers, options, rotary
+from lora_jax.models.cache import Cache
+from lora_jax.models.tensor import Tensor
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+PREFIX = "model."
+HAS_CACHE = True
+HAS_TOKEN_TYPES = False
+
+# Where the three differ when config.json says nothing (transformers' defaults).
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": False, "mlp_bias": False, "max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    "qwen2": {
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+        "max_position_embeddings": 32768,
+    },
+}
+
+buffers = (r"(.*\.)?rotary_emb\.inv_freq", r"lm_head\.weight")  # lm_head: of a tied model, or beside a task head
+carried: tuple[str, ...] = ()
+renames: tuple[tuple[str, str], ...] = ()
+
+roles = (
+    (r".*/self_attn/q_proj/kernel", "q"),
+    (r".*/self_attn/k_proj/kernel", "k"),
+    (r".*/self_attn/v_proj/kernel", "v"),
+    (r".*/self_attn/o_proj/kernel", "o"),
+    (r".*/mlp/up_proj/kernel", "up"),
+    (r".*/mlp/gate_proj/kernel", "gate"),
+    (r".*/mlp/down_proj/kernel", "down"),
+    (r"score/kernel", "head"),
+)
+
+sharding = (
+    (r"embed_tokens/embedding", ("vocab", "embed")),
+    (r"lm_head/kernel", ("embed", "vocab")),
+    (r".*/q_proj/kernel", ("embed", "heads")),
+    (r".*/[kv]_proj/kernel", ("embed", "kv")),
+    (r".*/o_proj/kernel", ("heads", "embed")),
+    (r".*/(gate|up)_proj/kernel", ("embed", "mlp")),
+    (r".*/down_proj/kernel", ("mlp", "embed")),
+    (r".*/q_proj/bias", ("heads",)),
+    (r".*/[kv]_proj/bias", ("kv",)),
+    (r".*/(gate|up)_proj/bias", ("mlp",)),
+    (r"score/kernel", ("embed", None)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and options of one model; hashable. Names are config.json's wherever it has one for the thing.
+
+    `windows` has one entry per layer: how many keys a query sees there, or None for all.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope: rotary.Rope
+    windows: tuple[int | None, ...]
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    num_labels: int | None = None
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> "Config":
+        """Reads the dictionary of a config.json; an option that is not implemented is a UserError."""
+        kind = raw.get("model_type", "llama")
+        raw = {**DEFAULTS[kind], **raw}
+        layer_count = options.integer(raw, "num_hidden_layers")
+        options.only(raw, {} if kind == "qwen2" else {"layer_types": (None, ["full_attention"] * layer_count)})
+        heads = options.integer(raw, "num_attention_heads")
+        width = options.integer(raw, "hidden_size")
+        bias = kind == "qwen2" or (kind == "llama" and options.flag(raw, "attention_bias", False))
+        config = cls(
+            model_type=kind,
+            vocab_size=options.integer(raw, "vocab_size"),
+            hidden_size=width,
+            intermediate_size=options.integer(raw, "intermediate_size"),
+            num_hidden_layers=layer_count,
+            num_attention_heads=heads,
+            num_key_value_heads=options.integer(raw, "num_key_value_heads", heads),
+            head_dim=options.integer(raw, "head_dim", max(1, width // heads)),
+            max_position_embeddings=options.integer(raw, "max_position_embeddings"),
+            rope=rotary.Rope.from_hf(raw),
+            windows=_windows(kind, raw, layer_count),
+            hidden_act=layers.check_activation(raw.get("hidden_act", "silu")),
+            rms_norm_eps=options.number(raw, "rms_norm_eps", 1e-6),
+            qkv_bias=bias,
+            o_bias=bias and kind == "llama",
+            mlp_bias=kind == "llama" and options.flag(raw, "mlp_bias", False),
+            tie_word_embeddings=options.flag(raw, "tie_word_embeddings", False),
+            attention_dropout=options.number(raw, "attention_dropout", 0.0),
+            initializer_range=options.number(raw, "initializer_range", 0.02),
+            pad_token_id=raw.get("pad_token_id"),
+            eos_token_ids=options.token_ids(raw, "eos_token_id"),
+        )
+        return config._checked()
+
+    def _checked(self) -> "Config":
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"config.json: num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"config.json: rotary positions need an even head_dim, got {self.head_dim}")
+        return self
+
+    def with_dropout(self, rate: float) -> "Config":
+        """Every dropout rate replaced."""
+        return dataclasses.replace(self, attention_dropout=rate)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dictionary of a config.json that `from_hf` reads back."""
+        same = (
+            "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "num_key_value_heads head_dim max_position_embeddings hidden_act rms_norm_eps tie_word_embeddings "
+            "attention_dropout initializer_range pad_token_id"
+        )
+        out: dict[str, Any] = {name: getattr(self, name) for name in same.split()}
+        eos = self.eos_token_ids
+        out |= {
+            "rope_parameters": self.rope.to_hf(),
+            "eos_token_id": list(eos) if len(eos) > 1 else (eos or (None,))[0],
+        }
+        if self.model_type == "llama":
+            out |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
+        if self.model_type == "mistral":
+            out["sliding_window"] = self.windows[0]
+        if self.model_type == "qwen2":
+            used = next((w for w in self.windows if w is not None), None)
+            kinds = ["full_attention" if w is None else "sliding_attention" for w in self.windows]
+            out |= {"use_sliding_window": used is not None, "sliding_window": used, "layer_types": kinds}
+        return out
+
+
+def _windows(kind: str, raw: Mapping[str, Any], count: int) -> tuple[int | None, ...]:
+    """The sliding window of every layer: Mistral's are all alike, Qwen2 names the layers that slide."""
+    if kind == "llama" or raw.get("sliding_window") is None:
+        return (None,) * count
+    window = options.integer(raw, "sliding_window")
+    if kind == "mistral":
+        return (window,) * count
+    if not options.flag(raw, "use_sliding_window", False):
+        window = None
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        start = raw["max_window_layers"]
+        return tuple(window if i >= start else None for i in range(count))
+    if len(kinds) != count or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"config.json: layer_types must name full_attention or sliding_attention {count} times, got {kinds!r}"
+        )
+    return tuple(window if k == "sliding_attention" else None for k in kinds)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; returns the output and the cache's updated keys and values."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x_BxTxD, angles, mask, stored, start, deterministic: bool):
+        c = self.config
+        b, t, _ = x_BxTxD.shape
+
+        def heads(name: str, count: int):
+            flat = nn.Dense(count * c.head_dim, use_bias=c.qkv_bias, name=name)(x_BxTxD)
+            return flat.reshape(b, t, count, c.head_dim)
+
+        q = rotary.rotate(heads("q_proj", c.num_attention_heads), *angles)
+        k = rotary.rotate(heads("k_proj", c.num_key_value_heads), *angles).transpose(0, 2, 1, 3)
+        v = heads("v_proj", c.num_key_value_heads).transpose(0, 2, 1, 3)
+        if stored is not None:
+            k, v = caches.write(stored[0], k, start), caches.write(stored[1], v, start)
+        dropout = nn.Dropout(c.attention_dropout, deterministic=deterministic)
+        out = layers.attend(q, k, v, mask, dropout)
+        return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(out), (k, v)
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        gate = nn.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="gate_proj")(x)
+        up = nn.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="up_proj")(x)
+        return nn.Dense(c.hidden_size, use_bias=c.mlp_bias, name="down_proj")(
+            layers.ACTIVATIONS[c.hidden_act](gate) * up
+        )
+
+
+class Block(nn.Module):
+    """One decoder layer."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, angles, mask, stored, start, deterministic: bool):
+        eps = self.config.rms_norm_eps
+        h = layers.RMSNorm(eps, name="input_layernorm")(x)
+        h, stored = Attention(self.config, name="self_attn")(h, angles, mask, stored, start, deterministic)
+        x = x + h
+        h = layers.RMSNorm(eps, name="post_attention_layernorm")(x)
+        return x + MLP(self.config, name="mlp")(h), stored
+
+
+class Model(nn.Module):
+    """Tokens to next-token logits, hidden states or class logits; see `Base.apply` for the arguments."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens,
+        attention_mask=None,
+        *,
+        positions=None,
+        segment_ids=None,
+        pool_at=None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+        output: str | None = None,
+    ):
+        c = self.config
+        embed = nn.Embed(c.vocab_size, c.hidden_size, name="embed_tokens")
+        x = embed(tokens)
+        start = None
+        if cache is not None:
+            start = cache.index
+            real = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask
+            cache, found = caches.admit(cache, real)
+            positions = found if positions is None else positions
+        elif positions is None:
+            positions = layers.default_positions(tokens, segment_ids)
+        angles = rotary.tables(c.rope, c.head_dim, positions)
+        masks = {w: _mask(tokens, attention_mask, segment_ids, cache, start, w) for w in set(c.windows)}
+        stores = []
+        for i, window in enumerate(c.windows):
+            stored = None if cache is None else (cache.keys[i], cache.values[i])
+            block = Block(c, name=f"layers_{i}")
+            x, stored = block(x, angles, masks[window], stored, start, deterministic)
+            stores.append(stored)
+        x = layers.RMSNorm(c.rms_norm_eps, name="norm")(x)
+        out = x if output == "hidden" else self._head(x, embed, tokens, attention_mask, segment_ids, pool_at)
+        if cache is None:
+            return out
+        keys, values = zip(*stores, strict=True)
+        return out, cache._replace(keys=keys, values=values)
+
+    def _head(self, x, embed, tokens, attention_mask, segment_ids, pool_at):
+        """Class logits at the pooled slots, or next-token logits (at all slots unless `pool_at` names some)."""
+        c = self.config
+        if c.num_labels is None:
+            x = x if pool_at is None else layers.take(x, pool_at)
+            if c.tie_word_embeddings:
+                return embed.attend(x)
+            return nn.Dense(c.vocab_size, use_bias=False, name="lm_head")(x)
+        at = pool_at if pool_at is not None else self._last(tokens, attention_mask, segment_ids)[:, None]
+        logits = nn.Dense(c.num_labels, use_bias=False, name="score")(layers.take(x, at))
+        return logits if pool_at is not None else logits[:, 0]
+
+    def _last(self, tokens, attention_mask, segment_ids):
+        """The last real token: by the mask if there is one, else by the padding id, else the last slot."""
+        if attention_mask is not None:
+            return layers.last_real(attention_mask)
+        if segment_ids is not None:
+            return layers.last_real(segment_ids > 0)
+        if self.config.pad_token_id is not None:
+            return layers.last_real(tokens != self.config.pad_token_id)
+        return jnp.full((tokens.shape[0],), tokens.shape[1] - 1, jnp.int32)
+
+
+def _mask(tokens, attention_mask, segment_ids, cache: Cache | None, start, window: int | None) -> jax.Array | None:
+    slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    if cache is None:
+        return layers.visible(
+            slots, slots, key_mask_BxS=attention_mask, segments_BxT=segment_ids, causal=True, window=window
+        )
+    keys = jnp.arange(cache.valid.shape[1], dtype=jnp.int32)
+    return layers.visible(slots + start, keys, key_mask_BxS=cache.valid, causal=True, window=window)
+
+
+def init_cache(config: Config, batch: int, length: int, dtype: Any) -> Cache:
+    """An empty cache for `batch` rows of up to `length` tokens."""
+    return caches.empty(config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim, dtype)
+
+
+def architecture(config: Config, num_labels: int | None) -> str:
+    """The class of transformers that reads what `save_pretrained` writes."""
+    stem = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[config.model_type]
+    return stem + ("ForCausalLM" if num_labels is None else "ForSequenceClassification")
+
+
+def tensors(config: Config, num_labels: int | None) -> dict[str, Tensor]:
+    """Our paths -> the tensors of a checkpoint in Hugging Face layout."""
+    out = {"embed_tokens/embedding": Tensor("model.embed_tokens.weight")}
+    for i in range(config.num_hidden_layers):
+        out |= _layer_tensors(config, f"layers_{i}", f"model.layers.{i}")
+    out["norm/scale"] = Tensor("model.norm.weight")
+    if num_labels is not None:
+        out["score/kernel"] = Tensor("score.weight", transpose=True)
+    elif not config.tie_word_embeddings:
+        out["lm_head/kernel"] = Tensor("lm_head.weight", transpose=True)
+    return out
+
+
+def _layer_tensors(config: Config, ours: str, theirs: str) -> dict[str, Tensor]:
+    out = {}
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        out[f"{ours}/{norm}/scale"] = Tensor(f"{theirs}.{norm}.weight")
+    biased = {f"self_attn/{p}_proj": config.qkv_bias for p in "qkv"} | {"self_attn/o_proj": config.o_bias}
+    biased |= {f"mlp/{p}_proj": config.mlp_bias for p in ("gate", "up", "down")}
+    for module, bias in biased.items():
+        name = f"{theirs}.{module.replace('/', '.')}"
+        out[f"{ours}/{module}/kernel"] = Tensor(f"{name}.weight", transpose=True)
+        if bias:
+            out[f"{ours}/{module}/bias"] = Tensor(f"{name}.bias")
+    return out
