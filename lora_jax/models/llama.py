@@ -54,14 +54,15 @@ sharding = (
     (r"embed_tokens/embedding", ("vocab", "embed")),
     (r"lm_head/kernel", ("embed", "vocab")),
     (r".*/q_proj/kernel", ("embed", "heads")),
-    (r".*/[kv]_proj/kernel", ("embed", "kv")),
+    (r".*/[kv]_proj/kernel", ("embed", "kv_heads")),
     (r".*/o_proj/kernel", ("heads", "embed")),
     (r".*/(gate|up)_proj/kernel", ("embed", "mlp")),
     (r".*/down_proj/kernel", ("mlp", "embed")),
     (r".*/q_proj/bias", ("heads",)),
-    (r".*/[kv]_proj/bias", ("kv",)),
+    (r".*/[kv]_proj/bias", ("kv_heads",)),
     (r".*/(gate|up)_proj/bias", ("mlp",)),
-    (r"score/kernel", ("embed", None)),
+    (r"score/kernel", ("embed", "labels")),
+    (r".*norm/scale", ("norm",)),
 )
 
 

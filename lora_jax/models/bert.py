@@ -1,0 +1,266 @@
+"""The BERT family of encoders: BERT and MiniLM, with a classification head when `num_labels` asks for one.
+
+Devlin et al. 2018, BERT, arXiv 1810.04805; Wang et al. 2020, MiniLM, arXiv 2002.10957. Post-norm blocks with learned
+absolute positions. Without a head the pooler is not part of the model: nothing reads it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from lora_jax.errors import UserError
+from lora_jax.models import layers, options
+from lora_jax.models.tensor import Tensor
+
+MODEL_TYPES = ("bert",)
+PREFIX = "bert."
+HAS_CACHE = False
+HAS_TOKEN_TYPES = True
+
+# The heads of pretraining and of other tasks, and index buffers that older files hold.
+buffers = (r"embeddings\.(position|token_type)_ids", r"cls\..*", r"classifier\..*", r"pooler\..*")
+carried = (r"pooler\..*",)
+# Files converted from TensorFlow, bert-base-uncased among them.
+renames = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+
+roles = (
+    (r".*/attention/query/kernel", "q"),
+    (r".*/attention/key/kernel", "k"),
+    (r".*/attention/value/kernel", "v"),
+    (r".*/attention/output/kernel", "o"),
+    (r".*/intermediate/kernel", "up"),
+    (r"encoder/layer_\d+/output/kernel", "down"),
+    (r"(pooler|classifier)/kernel", "head"),
+)
+
+sharding = (
+    (r"embeddings/word_embeddings/embedding", ("vocab", "embed")),
+    (r"embeddings/(position|token_type)_embeddings/embedding", ("length", "embed")),
+    (r".*/attention/(query|key|value)/kernel", ("embed", "heads")),
+    (r".*/attention/(query|key|value)/bias", ("heads",)),
+    (r".*/attention/output/kernel", ("heads", "embed")),
+    (r".*/intermediate/kernel", ("embed", "mlp")),
+    (r".*/intermediate/bias", ("mlp",)),
+    (r"encoder/layer_\d+/output/kernel", ("mlp", "embed")),
+    (r"pooler/kernel", ("embed", None)),
+    (r"classifier/kernel", ("embed", "labels")),
+    (r".*/(scale|bias)", ("norm",)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and options of one model; hashable. Names are config.json's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    num_labels: int | None = None
+    model_type: str = "bert"
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """An encoder makes no text."""
+        return ()
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> "Config":
+        """Reads the dictionary of a config.json; an option that is not implemented is a UserError."""
+        off = (None, False)
+        absolute = (None, "absolute")
+        options.only(raw, {"position_embedding_type": absolute, "is_decoder": off, "add_cross_attention": off})
+        head = raw.get("classifier_dropout")
+        config = cls(
+            vocab_size=options.integer(raw, "vocab_size"),
+            hidden_size=options.integer(raw, "hidden_size"),
+            intermediate_size=options.integer(raw, "intermediate_size"),
+            num_hidden_layers=options.integer(raw, "num_hidden_layers"),
+            num_attention_heads=options.integer(raw, "num_attention_heads"),
+            max_position_embeddings=options.integer(raw, "max_position_embeddings", 512),
+            type_vocab_size=options.integer(raw, "type_vocab_size", 2),
+            hidden_act=layers.check_activation(raw.get("hidden_act", "gelu")),
+            layer_norm_eps=options.number(raw, "layer_norm_eps", 1e-12),
+            hidden_dropout_prob=options.number(raw, "hidden_dropout_prob", 0.1),
+            attention_probs_dropout_prob=options.number(raw, "attention_probs_dropout_prob", 0.1),
+            classifier_dropout=None if head is None else options.number(raw, "classifier_dropout", 0.0),
+            initializer_range=options.number(raw, "initializer_range", 0.02),
+            pad_token_id=raw.get("pad_token_id", 0),
+        )
+        if config.hidden_size % config.num_attention_heads:
+            raise UserError(
+                f"config.json: hidden_size={config.hidden_size} is not a multiple of "
+                f"num_attention_heads={config.num_attention_heads}"
+            )
+        return config
+
+    def with_dropout(self, rate: float) -> "Config":
+        """Every dropout rate replaced."""
+        return dataclasses.replace(
+            self, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate, classifier_dropout=rate
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dictionary of a config.json that `from_hf` reads back."""
+        out = dataclasses.asdict(self)
+        del out["num_labels"]
+        return out
+
+
+class Embeddings(nn.Module):
+    """Word, token type and position embeddings, summed and normalized."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, tokens, token_types, positions, deterministic: bool):
+        c = self.config
+        x = nn.Embed(c.vocab_size, c.hidden_size, name="word_embeddings")(tokens)
+        x = x + nn.Embed(c.type_vocab_size, c.hidden_size, name="token_type_embeddings")(token_types)
+        x = x + nn.Embed(c.max_position_embeddings, c.hidden_size, name="position_embeddings")(positions)
+        x = layers.LayerNorm(c.layer_norm_eps, name="norm")(x)
+        return nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(x)
+
+
+class Attention(nn.Module):
+    """Self-attention with its output product, residual and norm."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x_BxTxD, mask, deterministic: bool):
+        c = self.config
+        b, t, width = x_BxTxD.shape
+        count = c.num_attention_heads
+
+        def heads(name: str):
+            return nn.Dense(width, name=name)(x_BxTxD).reshape(b, t, count, width // count)
+
+        k, v = heads("key").transpose(0, 2, 1, 3), heads("value").transpose(0, 2, 1, 3)
+        dropout = nn.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic)
+        out = nn.Dense(width, name="output")(layers.attend(heads("query"), k, v, mask, dropout))
+        out = nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(out)
+        return layers.LayerNorm(c.layer_norm_eps, name="output_norm")(x_BxTxD + out)
+
+
+class Block(nn.Module):
+    """One encoder layer."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, mask, deterministic: bool):
+        c = self.config
+        x = Attention(c, name="attention")(x, mask, deterministic)
+        h = layers.ACTIVATIONS[c.hidden_act](nn.Dense(c.intermediate_size, name="intermediate")(x))
+        h = nn.Dense(c.hidden_size, name="output")(h)
+        h = nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(h)
+        return layers.LayerNorm(c.layer_norm_eps, name="output_norm")(x + h)
+
+
+class Encoder(nn.Module):
+    """The stack of layers."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, mask, deterministic: bool):
+        for i in range(self.config.num_hidden_layers):
+            x = Block(self.config, name=f"layer_{i}")(x, mask, deterministic)
+        return x
+
+
+class Model(nn.Module):
+    """Tokens to hidden states or class logits; see `make_apply` for the arguments."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens,
+        attention_mask=None,
+        *,
+        token_type_ids=None,
+        positions=None,
+        segment_ids=None,
+        pool_at=None,
+        deterministic: bool = True,
+        output: str | None = None,
+    ):
+        c = self.config
+        if positions is None:
+            _check_length(c, tokens.shape[1], segment_ids)
+            positions = layers.default_positions(tokens, segment_ids)
+        types = jnp.zeros((1, tokens.shape[1]), jnp.int32) if token_type_ids is None else token_type_ids
+        x = Embeddings(c, name="embeddings")(tokens, types, positions, deterministic)
+        slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        mask = layers.visible(slots, slots, key_mask_BxS=attention_mask, segments_BxT=segment_ids)
+        x = Encoder(c, name="encoder")(x, mask, deterministic)
+        if output == "hidden" or c.num_labels is None:
+            return x
+        pooled = x[:, 0] if pool_at is None else layers.take(x, pool_at)
+        pooled = jnp.tanh(nn.Dense(c.hidden_size, name="pooler")(pooled))
+        rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
+        pooled = nn.Dropout(rate, deterministic=deterministic)(pooled)
+        return nn.Dense(c.num_labels, name="classifier")(pooled)
+
+
+def _check_length(config: Config, length: int, segment_ids) -> None:
+    """Learned positions end; a lookup beyond them would be NaN."""
+    if segment_ids is None and length > config.max_position_embeddings:
+        raise UserError(
+            f"{length} tokens, but the model has {config.max_position_embeddings} positions; "
+            "shorten the text (max_length)"
+        )
+
+
+def architecture(config: Config, num_labels: int | None) -> str:
+    """The class of transformers that reads what `save_pretrained` writes."""
+    return "BertModel" if num_labels is None else "BertForSequenceClassification"
+
+
+def tensors(config: Config, num_labels: int | None) -> dict[str, Tensor]:
+    """Our paths -> the tensors of a checkpoint in Hugging Face layout."""
+    prefix = "" if num_labels is None else PREFIX
+    out = {}
+    for name in ("word", "position", "token_type"):
+        out[f"embeddings/{name}_embeddings/embedding"] = Tensor(f"{prefix}embeddings.{name}_embeddings.weight")
+    out |= _norm("embeddings/norm", f"{prefix}embeddings.LayerNorm")
+    for i in range(config.num_hidden_layers):
+        out |= _layer_tensors(f"encoder/layer_{i}", f"{prefix}encoder.layer.{i}")
+    if num_labels is not None:
+        out |= _dense("pooler", f"{prefix}pooler.dense") | _dense("classifier", "classifier")
+    return out
+
+
+def _layer_tensors(ours: str, theirs: str) -> dict[str, Tensor]:
+    out = {}
+    for name in ("query", "key", "value"):
+        out |= _dense(f"{ours}/attention/{name}", f"{theirs}.attention.self.{name}")
+    out |= _dense(f"{ours}/attention/output", f"{theirs}.attention.output.dense")
+    out |= _norm(f"{ours}/attention/output_norm", f"{theirs}.attention.output.LayerNorm")
+    out |= _dense(f"{ours}/intermediate", f"{theirs}.intermediate.dense")
+    out |= _dense(f"{ours}/output", f"{theirs}.output.dense")
+    return out | _norm(f"{ours}/output_norm", f"{theirs}.output.LayerNorm")
+
+
+def _dense(ours: str, theirs: str) -> dict[str, Tensor]:
+    return {f"{ours}/kernel": Tensor(f"{theirs}.weight", transpose=True), f"{ours}/bias": Tensor(f"{theirs}.bias")}
+
+
+def _norm(ours: str, theirs: str) -> dict[str, Tensor]:
+    return {f"{ours}/scale": Tensor(f"{theirs}.weight"), f"{ours}/bias": Tensor(f"{theirs}.bias")}
