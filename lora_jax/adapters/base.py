@@ -1,0 +1,198 @@
+"""The noun of this project: an adapter is a method with its hyper-parameters, as a tuple of pure functions.
+
+    init(key, variables, sites)          -> delta        what is added to the base, only where sites were selected
+    bind(variables, delta)               -> variables    with adapted weights at those sites, for a lifted function
+    merge(variables, delta)              -> variables    a plain tree again
+    trainable(delta)                     -> tree of bool what gets gradients and optimizer slots
+    spec                                 -> JSON         rebuilds the adapter
+
+A delta is a dictionary from site path to an entry: a small registered dataclass with float arrays as leaves and the site's
+axes as static fields. An entry's class says in `layout` which axes of its weight each array runs along; sharding and
+stacked layers follow from that. `per_site` makes the five functions of what a method does to one site, which is all that
+most method files contain.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import trees
+from lora_jax.errors import UserError, nearest
+from lora_jax.lift.weight import AdaptedWeight, Axes
+from lora_jax.sites import Site, Sites
+
+Delta = dict[str, Any]
+Tree = Any
+
+
+class Adapter(NamedTuple):
+    """A method with its hyper-parameters.
+
+    Attributes:
+      init: `(key, variables, sites, *, batch=None) -> delta`.
+      bind: `(variables, delta, *, key=None, scale=None) -> variables` with adapted weights. `key` turns the adapter's own
+        dropout on; `scale` (a number, an array over a site's batch axes, or `{path: ...}`) replaces alpha/rank with data.
+      merge: `(variables, delta) -> variables`, plain arrays, summed in float32 and cast to the weights' dtype.
+      trainable: `delta -> tree of bool` of the same structure.
+      spec: JSON that `from_spec` rebuilds the adapter from.
+      penalty: `delta -> scalar` added to the loss, or None.
+      wrap: `optax transformation -> optax transformation`, or None.
+    """
+
+    init: Callable[..., Delta]
+    bind: Callable[..., Tree]
+    merge: Callable[[Tree, Delta], Tree]
+    trainable: Callable[[Delta], Tree]
+    spec: dict[str, Any]
+    penalty: Callable[[Delta], jax.Array] | None = None
+    wrap: Callable[[Any], Any] | None = None
+
+
+def entry(meta: Sequence[str] = ()) -> Callable[[type], type]:
+    """Class decorator: a frozen, registered dataclass with the static fields `axes`, `member` and `meta`."""
+
+    def register(cls: type) -> type:
+        cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        static = ["axes", "member", *meta]
+        data = [f.name for f in dataclasses.fields(cls) if f.name not in static]
+        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=static)
+
+    return register
+
+
+class Entry:
+    """Base class of a delta's entries; fields `axes: Axes` and `member: str` (which part of a chain made it)."""
+
+    layout: dict[str, tuple[str, ...]] = {}
+    axes: Axes
+    member: str
+
+
+def per_site(
+    spec: dict[str, Any],
+    *,
+    choose: Callable[[Sites], Mapping[str, Any]],
+    make: Callable[[jax.Array, Any, Site, Any], Any],
+    weight: Callable[..., Any],
+    trainable: Callable[[Any], Any] | None = None,
+) -> Adapter:
+    """An adapter that acts on every site by itself.
+
+    Args:
+      spec: the JSON that rebuilds it.
+      choose: sites -> `{path: option}`, the selection and what it says about each site (a rank, flags, ...).
+      make: (key folded with the path, base weight, site, option) -> entry.
+      weight: (base weight, entry, path=, key=, scale=) -> what stands at the site: an adapted weight or an array.
+      trainable: entry -> the same entry with booleans; None: everything trains.
+    """
+
+    def init(key, variables, sites, *, batch=None):
+        del batch
+        leaves = trees.flatten(variables)
+        chosen = choose(sites)
+        check_paths(chosen, leaves)
+        return {p: make(trees.fold_path(key, p), leaves[p], sites[p], option) for p, option in chosen.items()}
+
+    def place(variables, delta, key, scale):
+        leaves = trees.flatten(variables, is_leaf=lambda x: isinstance(x, AdaptedWeight))
+        check_paths(delta, leaves)
+        new = {}
+        for path, one in delta.items():
+            own_key = None if key is None else trees.fold_path(key, path)
+            own_scale = scale.get(path) if isinstance(scale, Mapping) else scale
+            check_fits(path, one, leaves[path])
+            new[path] = weight(leaves[path], one, path=path, key=own_key, scale=own_scale)
+        return new
+
+    def bind(variables, delta, *, key=None, scale=None):
+        return trees.replace(variables, place(variables, delta, key, scale))
+
+    def merge(variables, delta):
+        placed = place(variables, delta, None, None)
+        dense = {p: w.dense() if isinstance(w, AdaptedWeight) else w for p, w in placed.items()}
+        return trees.replace(variables, dense)
+
+    def mask(delta):
+        all_true = lambda one: jax.tree_util.tree_map(lambda _: True, one)  # noqa: E731
+        return {path: (trainable or all_true)(one) for path, one in delta.items()}
+
+    return Adapter(init, bind, merge, mask, spec)
+
+
+def check_paths(paths: Any, leaves: Mapping[str, Any]) -> None:
+    """Raises if the tree of weights lacks a path."""
+    for path in paths:
+        if path not in leaves:
+            raise UserError(
+                f"the variables have no weight {path!r} (nearest: {', '.join(nearest(path, leaves))}); "
+                "were the sites or the delta made for another model?"
+            )
+
+
+def check_fits(path: str, one: Any, leaf: Any) -> None:
+    """Raises if an entry's arrays do not run along the weight's axes."""
+    for name, roles in one.layout.items():
+        value = getattr(one, name)
+        axes = [a for r in roles if hasattr(one.axes, r) for a in getattr(one.axes, r)]
+        expected = [leaf.shape[a] for a in axes if a < len(leaf.shape)]
+        private = [r for r in roles if not hasattr(one.axes, r)]
+        if value is None or len(private) + len(axes) != len(value.shape):
+            continue
+        given = list(value.shape)
+        position = 0
+        for role in roles:
+            width = len(getattr(one.axes, role)) if hasattr(one.axes, role) else 1
+            if role in private:
+                del given[position]
+            else:
+                position += width
+        if given != expected or len(expected) != len(axes):
+            raise UserError(
+                f"the delta's {name} of shape {tuple(value.shape)} does not fit the weight {path!r} of shape "
+                f"{tuple(leaf.shape)}: was it made for another base?"
+            )
+
+
+def json_ready(**options: Any) -> dict[str, Any]:
+    """Options as plain JSON: tuples become lists, numpy numbers Python numbers."""
+
+    def plain(x):
+        if isinstance(x, Mapping):
+            return [[k, plain(v)] for k, v in x.items()]
+        if isinstance(x, (list, tuple, range)):
+            return [plain(v) for v in x]
+        return x.item() if isinstance(x, (np.generic, np.ndarray)) else x
+
+    return {name: plain(value) for name, value in options.items()}
+
+
+def batch_dims(site: Site) -> tuple[int, ...]:
+    """Sizes of the site's batch axes."""
+    return site.dims(site.batch)
+
+
+def per_batch(values: Sequence[float], site: Site) -> np.ndarray:
+    """Spreads one value per layer of a stack (or a single one) over all batch axes: an array of shape (*batch,)."""
+    shape = batch_dims(site)
+    if site.layer_axis is None or len(values) == 1:
+        return np.broadcast_to(np.asarray(values[0]), shape)
+    along = [1] * len(shape)
+    along[site.batch.index(site.layer_axis)] = len(values)
+    return np.broadcast_to(np.asarray(values).reshape(along), shape)
+
+
+def draw(key: jax.Array, batch: Sequence[int], count: int, sampler: Callable, shape: Sequence[int]) -> jax.Array:
+    """Draws `count` independent arrays for every batch index, each from its own key.
+
+    Returns:
+      (*batch, count, *shape) float32. Entry (n, j) depends on the key, n and j alone, so a smaller count is a prefix of
+      a larger one and leaving layers out changes nothing for the others.
+    """
+    total = int(np.prod(batch, dtype=int))
+    one = lambda n, j: sampler(jax.random.fold_in(jax.random.fold_in(key, n), j), tuple(shape))  # noqa: E731
+    rows = jax.vmap(lambda n: jax.vmap(lambda j: one(n, j))(jnp.arange(count)))(jnp.arange(total))
+    return rows.astype(jnp.float32).reshape(*batch, count, *shape)

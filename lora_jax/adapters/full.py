@@ -1,0 +1,73 @@
+"""Full fine-tuning of the selected weights: the upper baseline of every comparison.
+
+Each selected weight is trained in place as a float32 copy, so updates far below a bfloat16 weight's spacing add up; the
+function sees it in the base's dtype. Of a stacked weight only the selected layers are copied and trained.
+"""
+
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+
+from lora_jax.adapters.base import Adapter, Entry, entry, json_ready, per_site
+from lora_jax.lift.weight import AdaptedWeight, Axes
+from lora_jax.sites import Sites, in_layers, select
+
+
+@entry(meta=("kept", "layer_axis"))
+class Full(Entry):
+    """One weight's trained copy.
+
+    Attributes:
+      value: float32, of the weight's shape; along `layer_axis` only the layers `kept`.
+      kept: indices along `layer_axis`, or None for the whole weight.
+      layer_axis: the axis that counts layers, or None.
+    """
+
+    value: Any
+    axes: Axes
+    kept: tuple[int, ...] | None = None
+    layer_axis: int | None = None
+    member: str = ""
+    layout: ClassVar = {}
+
+
+def full(*, targets: Any = None, layers: Any = "all") -> Adapter:
+    """Trains the selected weights themselves.
+
+    Args:
+      targets: patterns on whole paths, or roles; None: every weight.
+      layers: 'all', 'last:k', 'first:k', or a list of layer indices; anything but 'all' leaves out weights outside layers.
+
+    Returns:
+      An Adapter. Its first output equals the base's exactly.
+    """
+    spec = json_ready(method="full", targets=targets, layers=layers)
+    return in_place(spec, lambda sites: in_layers(sites, select(sites, targets, list(sites)), layers))
+
+
+def in_place(spec: dict, choose: Any) -> Adapter:
+    """An adapter that trains weights in place; `choose` maps sites to `{path: one flag per layer}`."""
+
+    def make(key, leaf, site, flags):
+        del key
+        axis, kept = site.layer_axis, tuple(i for i, f in enumerate(flags) if f)
+        if axis is None or all(flags):
+            return Full(value=jnp.asarray(leaf, jnp.float32), axes=Axes.of(site))
+        value = jnp.take(leaf, jnp.asarray(kept), axis=axis).astype(jnp.float32)
+        return Full(value=value, axes=Axes.of(site), kept=kept, layer_axis=axis)
+
+    def weight(base, one, *, path, key, scale):
+        del path, key, scale
+        if isinstance(base, AdaptedWeight):
+            base = base.dense()
+        if one.kept is None:
+            return one.value.astype(base.dtype)
+        where = (slice(None),) * one.layer_axis + (jnp.asarray(one.kept),)
+        return base.at[where].set(one.value.astype(base.dtype))
+
+    return per_site(spec, choose=choose, make=make, weight=weight)
+
+
+def everything_in(sites: Sites, targets: Any, layers: Any, default: list[str]) -> dict[str, tuple[bool, ...]]:
+    """Selection shared by the methods that train weights in place."""
+    return in_layers(sites, select(sites, targets, default), layers)

@@ -1,0 +1,230 @@
+"""LoRA: `W + scale * A B`, with A and B the only trained arrays.
+
+Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen (2021), "LoRA: Low-Rank Adaptation of Large Language Models",
+arXiv:2106.09685, eq. 3. `scaling='alpha/sqrt(r)'` is rsLoRA: Kalajdzievski (2023), arXiv:2312.03732.
+
+A is (*fan_in, rank), B is (rank, *fan_out), for weights of any number of axes. As in PEFT, A is drawn uniformly within
+1/sqrt(fan_in) (the paper draws a Gaussian: `init='gaussian'`) and B is zero; for an embedding the roles are swapped, so
+that a row that is looked up trains at once.
+"""
+
+import dataclasses
+import math
+import string
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters.base import Adapter, Entry, batch_dims, draw, entry, json_ready, per_batch, per_site
+from lora_jax.errors import UserError, did_you_mean
+from lora_jax.lift.products import Conv, Dot, Take
+from lora_jax.lift.weight import AdaptedWeight, Axes, NotStructural, register
+from lora_jax.sites import Site, Sites, in_layers, parse_rules, select
+
+INITS = ("default", "gaussian", "a_zero")
+SCALINGS = {"alpha/r": lambda alpha, r: alpha / r, "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r), "alpha": lambda alpha, r: alpha}
+
+
+@entry(meta=("ranks", "scales"))
+class LoRA(Entry):
+    """One site's factors.
+
+    Attributes:
+      a: (*batch, *fan_in, rank) float32.
+      b: (*batch, rank, *fan_out) float32.
+      ranks: rank of each batch index; columns beyond it are zero in both factors, a fixed point of the optimizers.
+      scales: scale of each batch index.
+    """
+
+    a: Any
+    b: Any
+    axes: Axes
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    member: str = ""
+    layout: ClassVar = {"a": ("batch", "fan_in", "rank"), "b": ("batch", "rank", "fan_out")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAWeight(AdaptedWeight):
+    """`base + scale * a b`, multiplied in factored form."""
+
+    a: Any
+    b: Any
+    scale: Any
+    key: Any = None
+    dropout: float = 0.0
+    layout: ClassVar = {**LoRA.layout, "scale": ("batch",), "key": ("batch",)}
+
+    def scaled_b(self) -> jax.Array:
+        """scale * b: the scale is applied to the smallest array, in float32."""
+        return self.b * self.scale.reshape(self.scale.shape + (1,) * (self.b.ndim - self.scale.ndim))
+
+    def dropped(self, x: jax.Array) -> jax.Array:
+        """The activation as the A factor sees it: with dropout on while a key is bound (PEFT's `lora_dropout`)."""
+        if self.key is None or self.dropout == 0.0:
+            return x
+        keep = 1.0 - self.dropout
+        kept = jax.random.bernoulli(self.key.reshape(-1)[0], keep, x.shape)
+        return jnp.where(kept, x / max(keep, 1e-12), 0).astype(x.dtype)
+
+    def dense(self) -> jax.Array:
+        base = self.base.dense() if isinstance(self.base, AdaptedWeight) else self.base
+        letters = string.ascii_letters
+        batch, fan_in, fan_out = ("".join(letters[i] for i in axes) for axes in self._roles())
+        out = letters[: len(self.shape)]
+        update = jnp.einsum(f"{batch}{fan_in}Z,{batch}Z{fan_out}->{out}", self.a, self.scaled_b())
+        return (base.astype(jnp.float32) + update).astype(base.dtype)
+
+    def dot_general(self, x: jax.Array, use: Dot) -> jax.Array:
+        y = use.apply(x, self.base)
+        return y + use.factored(self.dropped(x), self.a, self.scaled_b(), self.axes).astype(y.dtype)
+
+    def take(self, indices: jax.Array, use: Take) -> jax.Array:
+        a, b, axes = self.a, self.scaled_b(), self.axes
+        if (use.axis,) == axes.fan_out:  # the weight was first used the other way round
+            a, b = jnp.moveaxis(b, 0, -1), jnp.moveaxis(a, -1, 0)
+            axes = Axes(axes.batch, axes.fan_out, axes.fan_in)
+        if axes.batch or (use.axis,) != axes.fan_in:
+            raise NotStructural
+        y = use.apply(indices, self.base)
+        return y + use.factored(indices, a, b, axes, y.dtype)
+
+    def conv(self, x: jax.Array, use: Conv) -> jax.Array:
+        if use.groups > 1 or self.axes.batch or self.axes.fan_out != (use.out_axis,):
+            return use.apply(x, self.dense())  # a grouped kernel is small, and its factors do not factor the convolution
+        y = use.apply(x, self.base)
+        return y + use.factored(self.dropped(x), self.a, self.scaled_b(), self.axes).astype(y.dtype)
+
+
+register(LoRAWeight, meta=("dropout",))
+
+
+def lora(
+    rank: Any = 8,
+    alpha: Any = 16,
+    *,
+    targets: Any = None,
+    layers: Any = "all",
+    dropout: float = 0.0,
+    scaling: str = "alpha/r",
+    init: str = "default",
+) -> Adapter:
+    """Low-rank adaptation.
+
+    Args:
+      rank: an integer, or ordered (pattern, rank) rules, first match wins; 0 leaves a site (or a layer of a stack) out.
+      alpha: a number, or rules; not rescaled where a rule changes the rank (as PEFT's alpha_pattern).
+      targets: patterns on whole paths, or roles; None: every linear, DenseGeneral and convolution, but neither
+        embeddings nor a head that the family names.
+      layers: 'all', 'last:k', 'first:k', or a list of layer indices.
+      dropout: of the activation before A, in [0, 1]; on where `bind` is given a key.
+      scaling: 'alpha/r', 'alpha/sqrt(r)' (rsLoRA) or 'alpha'.
+      init: 'default' (A uniform, B zero), 'gaussian' (A ~ N(0, 1/rank**2), B zero) or 'a_zero' (A zero, B uniform).
+
+    Returns:
+      An Adapter. Its first output equals the base's exactly.
+
+    Raises:
+      UserError: a rule that matches nothing, rank 0 everywhere or above min(fan_in, fan_out), a bad option.
+    """
+    _check_options(dropout, scaling, init)
+    spec = json_ready(method="lora", rank=rank, alpha=alpha, targets=targets, layers=layers, dropout=dropout, scaling=scaling, init=init)  # fmt: skip
+
+    def choose(sites: Sites):
+        flags = in_layers(sites, select(sites, targets, default_targets(sites)), layers)
+        return {p: v for p, v in _ranks_and_scales(sites, flags, rank, alpha, scaling).items() if any(v[0])}
+
+    def make(key, leaf, site, option):
+        del leaf
+        return _make(key, site, *option, init)
+
+    def weight(base, one, *, path, key, scale):
+        batch = one.a.shape[: len(one.axes.batch)]
+        own = np.asarray(one.scales, np.float32).reshape(batch) if scale is None else scale
+        own = jnp.broadcast_to(jnp.asarray(own, jnp.float32), batch)
+        keys = None if key is None or dropout == 0.0 else jax.random.split(key, batch)
+        return LoRAWeight(base=base, axes=one.axes, path=path, a=one.a, b=one.b, scale=own, key=keys, dropout=dropout)
+
+    return per_site(spec, choose=choose, make=make, weight=weight)
+
+
+def default_targets(sites: Sites) -> list[str]:
+    """Every matrix except embeddings and a task head."""
+    return [p for p, s in sites.items() if s.is_matrix and s.uses[0] != "embedding" and s.role != "head"]
+
+
+def _check_options(dropout: float, scaling: str, init: str) -> None:
+    if not 0.0 <= dropout <= 1.0:
+        raise UserError(f"dropout={dropout!r}: expected a number from 0 to 1")
+    for name, value, known in (("scaling", scaling, SCALINGS), ("init", init, INITS)):
+        if value not in known:
+            raise UserError(f"lora: {name}={value!r} is unknown; {did_you_mean(str(value), known)}")
+
+
+def _ranks_and_scales(sites: Sites, flags, rank, alpha, scaling):
+    paths = list(flags)
+    not_matrix = [p for p in paths if not sites[p].is_matrix]
+    if not_matrix:
+        raise UserError(
+            f"lora needs weights that a product uses; {not_matrix[0]!r} of shape {sites[not_matrix[0]].shape} is not one. "
+            "Narrow the targets, for example to '.*/kernel'"
+        )
+    ranks, alphas = parse_rules(rank, "rank", sites, paths), parse_rules(alpha, "alpha", sites, paths)
+    out = {}
+    for p in paths:
+        own = [_check_rank(r, sites[p]) if keep else 0 for r, keep in zip(ranks[p], _spread(flags[p], ranks[p]), strict=True)]
+        scales = [SCALINGS[scaling](_number(a, "alpha"), r) if r else 0.0 for a, r in zip(alphas[p], own, strict=True)]
+        out[p] = (own, scales)
+    if not any(r for own, _ in out.values() for r in own):
+        raise UserError(f"rank={rank!r} is 0 at every selected site, so nothing would train; give a rank of at least 1")
+    return out
+
+
+def _spread(flags, values):
+    return flags if len(flags) == len(values) else flags * len(values)
+
+
+def _check_rank(rank: Any, site: Site) -> int:
+    if type(rank) is not int or rank < 0:
+        raise UserError(f"rank must be an integer of at least 0 (a rule may give it by pattern), got {rank!r} for {site.path!r}")
+    if rank > site.max_rank:
+        raise UserError(
+            f"rank {rank} is above min(fan_in, fan_out) = {site.max_rank} of {site.path!r} with shape {site.shape}; "
+            f"a rank of at most {site.max_rank} says everything there is to say"
+        )
+    return rank
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{name} must be a number or (pattern, number) rules, got {value!r}")
+    return float(value)
+
+
+def _make(key: jax.Array, site: Site, ranks: list[int], scales: list[float], init: str) -> LoRA:
+    batch, fan_in, fan_out = batch_dims(site), site.dims(site.fan_in), site.dims(site.fan_out)
+    own = per_batch(ranks, site)
+    r = max(ranks)
+    key_a, key_b = jax.random.split(key)
+    a = jnp.zeros((*batch, r, *fan_in))
+    b = jnp.zeros((*batch, r, *fan_out))
+    if site.uses[:1] == ("embedding",) and init != "a_zero":
+        b = draw(key_b, batch, r, jax.random.normal, fan_out)
+    elif init == "a_zero":
+        b = draw(key_b, batch, r, _uniform(math.prod(fan_out)), fan_out)
+    elif init == "gaussian":
+        a = draw(key_a, batch, r, jax.random.normal, fan_in) / r
+    else:
+        a = draw(key_a, batch, r, _uniform(math.prod(fan_in)), fan_in)
+    live = jnp.arange(r) < jnp.asarray(own)[..., None]  # (*batch, r): beyond a layer's own rank both factors are zero
+    a, b = (f * live.reshape(live.shape + (1,) * (f.ndim - live.ndim)) for f in (a, b))
+    flat = tuple(int(n) for n in own.reshape(-1)), tuple(float(s) for s in per_batch(scales, site).reshape(-1))
+    return LoRA(a=jnp.moveaxis(a, len(batch), -1), b=b, axes=Axes.of(site), ranks=flat[0], scales=flat[1])
+
+
+def _uniform(fan: int):
+    bound = 1.0 / math.sqrt(fan)
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)

@@ -1,0 +1,170 @@
+"""The audit: what an adapter selects, what it trains, and that its first step is the base's output exactly.
+
+Printed at the start of every run. It raises where an adapter would silently do nothing, which is the commonest defect of
+fine-tuning code: a weight that the function never uses, or a start that is not the base.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import trees
+from lora_jax.adapters import Adapter
+from lora_jax.errors import UserError
+from lora_jax.lift import lift
+from lora_jax.sites import Sites, parse_patterns
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the audit: sites alike but for their layer."""
+
+    path: str
+    sites: int
+    shape: tuple[int, ...]
+    what: str
+    rule: str
+    trainable: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What `audit` found; `print` it.
+
+    Attributes:
+      rows: one per group of adapted sites.
+      trainable: number of trained parameters.
+      frozen: parameters of the delta that are not trained.
+      total: parameters of the base.
+      identical: the first output equals the base's bit for bit; None where no example was given.
+      notes: lines to show below the table.
+    """
+
+    rows: tuple[Row, ...]
+    trainable: int
+    frozen: int
+    total: int
+    identical: bool | None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        head = ("site", "sites", "shape", "what trains", "rule", "parameters")
+        body = [(r.path, f"{r.sites}", "x".join(map(str, r.shape)), r.what, r.rule, f"{r.trainable:,}") for r in self.rows]
+        widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *body]]
+        share = 100 * self.trainable / max(self.total, 1)
+        lines.append(f"trainable {self.trainable:,} beside {self.total:,} of the base ({share:.2f} %)")
+        if self.frozen:
+            lines.append(f"stored but not trained {self.frozen:,}")
+        if self.identical is not None:
+            lines.append("first output equals the base's exactly" if self.identical else "first output differs from the base's")
+        return "\n".join([*lines, *self.notes])
+
+
+def audit(
+    adapter: Adapter,
+    delta: Mapping[str, Any],
+    variables: Any,
+    sites: Sites,
+    function: Callable | None = None,
+    *args: Any,
+    notes: tuple[str, ...] = (),
+    **kwargs: Any,
+) -> Audit:
+    """Checks an adapter and tells what it trains.
+
+    Args:
+      adapter: the adapter.
+      delta: its delta, as `init` made it.
+      variables: the base.
+      sites: from `find_sites`.
+      function: the model's function; with it and its example arguments the first output is compared with the base's.
+      *args: arguments after the variables.
+      notes: lines to add below the table.
+      **kwargs: keyword arguments of the function.
+
+    Returns:
+      An Audit.
+
+    Raises:
+      UserError: nothing trains, a selected weight is not used by the function, or the first output is not the base's.
+    """
+    mask = adapter.trainable(dict(delta))
+    trained, stored = _count(delta, mask)
+    if not delta or not any(trained.values()):
+        raise UserError(f"the adapter {adapter.spec.get('method')!r} trains nothing: it selected {len(delta)} sites")
+    idle = [path for path in delta if not sites[path].uses]
+    if idle:
+        raise UserError(
+            f"the function never uses {', '.join(map(repr, idle[:5]))}, so adapting it does nothing; leave it out of the targets"
+        )
+    identical = None if function is None else _identical(adapter, dict(delta), variables, function, args, kwargs)
+    if identical is False:
+        raise UserError(
+            f"the first output of the adapter {adapter.spec.get('method')!r} is not the base's; an adapter must start as "
+            "the identity. Was the delta trained already? Then leave the function out of the audit"
+        )
+    rows = _rows(adapter.spec, delta, sites, trained)
+    return Audit(rows, sum(trained.values()), sum(stored.values()), trees.count(variables), identical, notes)
+
+
+def _count(delta: Mapping[str, Any], mask: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Trained and merely stored parameters per site; columns padded to a stack's largest rank do not count."""
+    trained, stored = {}, {}
+    for path, one in delta.items():
+        pairs = list(zip(jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(mask[path]), strict=True))
+        trained[path] = sum(x.size for x, on in pairs if on)
+        stored[path] = sum(x.size for x, on in pairs if not on)
+        if ranks := getattr(one, "ranks", None):
+            trained[path] = trained[path] * sum(ranks) // (max(ranks) * len(ranks))
+    return trained, stored
+
+
+def _identical(adapter: Adapter, delta: Any, variables: Any, function: Callable, args: tuple, kwargs: dict) -> bool:
+    apply = lift(function, unused="allow")
+
+    # Everything but the arrays is static, so the arguments are closed over; the base is passed.
+    def outputs(variables, delta):
+        return function(variables, *args, **kwargs), apply(adapter.bind(variables, delta), *args, **kwargs)
+
+    base, adapted = jax.jit(outputs)(variables, delta)
+    pairs = zip(jax.tree_util.tree_leaves(base), jax.tree_util.tree_leaves(adapted), strict=True)
+    return all(bool(jnp.array_equal(x, y, equal_nan=True)) for x, y in pairs if jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _rows(spec: Mapping, delta: Mapping[str, Any], sites: Sites, trained: Mapping[str, int]) -> tuple[Row, ...]:
+    groups: dict[tuple, list[str]] = {}
+    for path, one in delta.items():
+        alike = re.sub(r"(^|[_/])\d+(?=/|$)", r"\1*", path) if sites[path].layer is not None else path
+        groups.setdefault((alike, sites[path].shape, _what(one), _rule(spec, one.member, path, sites)), []).append(path)
+    return tuple(
+        Row(alike, len(paths), shape, what, rule, sum(trained[p] for p in paths))
+        for (alike, shape, what, rule), paths in groups.items()
+    )
+
+
+def _what(one: Any) -> str:
+    """A few words on an entry: its class, and its rank or layers where it has them."""
+    name = type(one).__name__.lower()
+    if ranks := getattr(one, "ranks", None):
+        distinct = sorted(set(ranks))
+        shown = str(distinct[0]) if len(distinct) == 1 else f"{distinct[0]} to {distinct[-1]} by layer"
+        return f"{name}, rank {shown}"
+    if getattr(one, "kept", None) is not None:
+        return f"{name}, layers {', '.join(map(str, one.kept))}"
+    return name
+
+
+def _rule(spec: Mapping, member: str, path: str, sites: Sites) -> str:
+    """The target pattern that selected a site."""
+    for index in member.split(".") if member else []:
+        spec = spec["adapters"][int(index)]
+    targets = spec.get("targets")
+    if targets is None:
+        return f"{spec['method']}'s default"
+    return next((t for t in parse_patterns(targets) if t == sites[path].role or trees.matches(t, path)), "?")
+

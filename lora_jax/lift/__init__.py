@@ -1,0 +1,12 @@
+"""The function transform: `lift` runs any JAX function on adapted weights, `find_sites` reads what its weights mean.
+
+This is the only folder of the package that sees a jaxpr. `weight` is the node that stands for a weight, `products` and
+`rules` say what single operations do with it, `interpret` and `control` walk the jaxpr, `trace` and `find` are the two
+ways in.
+"""
+
+from lora_jax.lift.find import find_sites
+from lora_jax.lift.trace import lift
+from lora_jax.lift.weight import AdaptedWeight, Axes, is_adapted
+
+__all__ = ["AdaptedWeight", "Axes", "find_sites", "is_adapted", "lift"]

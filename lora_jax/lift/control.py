@@ -1,0 +1,126 @@
+"""Control flow is entered: jit, remat, scan, while, cond, shard_map. Functions with their own derivative are not.
+
+Each function rebuilds the construct with JAX's public API around an interpretation of its body, with adapted weights
+passed through as the pytrees they are.
+"""
+
+from typing import Any
+
+import jax
+from jax import lax
+
+from lora_jax.lift.interpret import ENTER, Interpreter, opened
+from lora_jax.lift.weight import AdaptedWeight, NotStructural, is_adapted, specs
+
+
+def enter(*names: str):
+    """Registers how to enter the body of a primitive."""
+
+    def add(function):
+        ENTER.update(dict.fromkeys(names, function))
+        return function
+
+    return add
+
+
+@enter("jit", "pjit", "closed_call", "core_call")
+def _jit(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
+    """Evaluated in place: the whole lifted function is under one jit anyway."""
+    jaxpr, consts = opened(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
+    return self.run(jaxpr, consts, operands, stack)
+
+
+@enter("remat2", "remat", "checkpoint")
+def _remat(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
+    jaxpr, consts = opened(eqn.params["jaxpr"])
+
+    def body(*args):
+        return self.run_dense(jaxpr, consts, args, stack)
+
+    remat = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
+    return remat(*operands)
+
+
+def _rank(v: Any) -> int:
+    return len(v.aval.shape)
+
+
+@enter("scan")
+def _scan(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
+    """Operands are split by comparing shapes outside and inside: names of scan's parameters differ between versions."""
+    jaxpr, consts = opened(eqn.params["jaxpr"])
+    n_carry = sum(_rank(o) == _rank(i) for o, i in zip(eqn.outvars, jaxpr.outvars, strict=True))
+    n_xs = sum(_rank(o) != _rank(i) for o, i in zip(eqn.invars, jaxpr.invars, strict=True))
+    n_consts = len(operands) - n_carry - n_xs
+    shared = operands[:n_consts]
+    carry = [self.dense(v, "scan (carried)", stack) for v in operands[n_consts : n_consts + n_carry]]
+    xs, restore = _stack(self, operands[n_consts + n_carry :], stack)
+
+    def body(carry, xs):
+        outs = self.run_dense(jaxpr, consts, [*shared, *carry, *restore(xs)], stack)
+        return outs[:n_carry], outs[n_carry:]
+
+    params = eqn.params
+    final, ys = lax.scan(body, carry, xs, params["length"], params["reverse"], params["unroll"])
+    return [*final, *ys]
+
+
+def _stack(self: Interpreter, values: list, stack: str):
+    """The arrays that a scan slices, and the function that makes one step's operands of them again."""
+    arrays: list[Any] = []
+    rests: list[AdaptedWeight | None] = []
+    for value in values:
+        rest = None
+        if is_adapted(value):
+            try:
+                value, rest = value.stacked()
+            except NotStructural:
+                value = self.dense(value, "scan over an axis that is not a batch axis", stack)
+        arrays.append(value)
+        rests.append(rest)
+
+    def restore(xs):
+        return [x if rest is None else rest.unstacked(x) for x, rest in zip(xs, rests, strict=True)]
+
+    return arrays, restore
+
+
+@enter("while")
+def _while(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
+    test, test_consts = opened(eqn.params["cond_jaxpr"])
+    step, step_consts = opened(eqn.params["body_jaxpr"])
+    n_carry = len(eqn.outvars)
+    n_test = len(test.invars) - n_carry
+    for_test, for_step = operands[:n_test], operands[n_test : len(operands) - n_carry]
+    carry = [self.dense(v, "while (carried)", stack) for v in operands[len(operands) - n_carry :]]
+    return lax.while_loop(
+        lambda c: self.run_dense(test, test_consts, [*for_test, *c], stack)[0],
+        lambda c: self.run_dense(step, step_consts, [*for_step, *c], stack),
+        carry,
+    )
+
+
+@enter("cond")
+def _cond(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
+    def branch(closed):
+        jaxpr, consts = opened(closed)
+        return lambda *args: self.run_dense(jaxpr, consts, args, stack)
+
+    index = self.dense(operands[0], "cond (the predicate)", stack)
+    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], *operands[1:])
+
+
+@enter("shard_map")
+def _shard_map(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
+    params = eqn.params
+    jaxpr, consts = opened(params["jaxpr"])
+    in_specs = tuple(specs(v, spec) for v, spec in zip(operands, params["in_specs"], strict=True))
+
+    def body(*args):
+        return tuple(self.run_dense(jaxpr, consts, args, stack))
+
+    mapped = jax.shard_map(
+        body, mesh=params["mesh"], in_specs=in_specs, out_specs=tuple(params["out_specs"]),
+        check_vma=params["check_vma"], axis_names=set(params.get("newly_manual_axes") or params["manual_axes"]),
+    )  # fmt: skip
+    return list(mapped(*operands))
