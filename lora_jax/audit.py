@@ -142,7 +142,7 @@ def _rows(spec: Mapping, delta: Mapping[str, Any], sites: Sites, trained: Mappin
         alike = re.sub(r"(^|[_/])\d+(?=/|$)", r"\1*", path) if sites[path].layer is not None else path
         groups.setdefault((alike, sites[path].shape, _what(one), _rule(spec, one.member, path, sites)), []).append(path)
     return tuple(
-        Row(alike, len(paths), shape, what, rule, sum(trained[p] for p in paths))
+        Row(alike if len(paths) > 1 else paths[0], len(paths), shape, what, rule, sum(trained[p] for p in paths))
         for (alike, shape, what, rule), paths in groups.items()
     )
 
