@@ -3,8 +3,8 @@ r"""How many layers does an intent classifier need? A template for any JSONL fil
     python -m experiments.train --config=configs/banking.py --workdir=runs/banking \
         --config.data.path=banking.jsonl --config.data.fields.text=query --config.data.fields.label=intent
 
-One file is split into train, dev and test by a seeded hash; a directory of train/dev/test.jsonl is taken as it is. Labels
-may be strings or integers. `--config.adapter.layers=last:2` adapts the upper layers only.
+One file is split into train, dev and test by a seeded hash; a directory of train/dev/test.jsonl is taken as it is.
+Labels may be strings or integers. `--config.adapter.layers=last:2` adapts the upper layers only.
 """
 
 from configs import minilm

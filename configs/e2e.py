@@ -1,10 +1,11 @@
-"""Does LoRA teach a decoder to write restaurant descriptions from meaning representations (E2E)?
+r"""Does LoRA teach a decoder to write restaurant descriptions from meaning representations (E2E)?
 
-    python -m experiments.train --config=configs/e2e.py --config.data.path=DIR/e2e --config.model.path=MODEL --workdir=runs/e2e
+    python -m experiments.train --config=configs/e2e.py --workdir=runs/e2e \
+        --config.data.path=DIR/e2e --config.model.path=MODEL
 
-DIR/e2e holds train/dev/test.jsonl with `mr` (the prompt) and `ref` (the completion); MODEL is any decoder in Hugging Face
-layout, and without it the embedded tiny one. `python -m experiments.evaluate --workdir=runs/e2e --split=test` then scores
-generated text.
+DIR/e2e holds train/dev/test.jsonl with `mr` (the prompt) and `ref` (the completion); MODEL is any decoder in Hugging
+Face layout, and without it the embedded tiny one. `python -m experiments.evaluate --workdir=runs/e2e --split=test` then
+scores generated text.
 """
 
 from lora_jax import config

@@ -1,6 +1,7 @@
-"""How well does LoRA on query and value adapt a small sentence encoder to sentiment, next to PEFT?
+r"""How well does LoRA on query and value adapt a small sentence encoder to sentiment, next to PEFT?
 
-    python -m experiments.train --config=configs/sst2_minilm.py --config.data.path=DIR/sst2 --workdir=runs/sst2 --config.seed=0
+    python -m experiments.train --config=configs/sst2_minilm.py --workdir=runs/sst2 \
+        --config.data.path=DIR/sst2 --config.seed=0
 
 DIR/sst2 holds train/dev/test.jsonl with `text` and `label`. PEFT with these settings reaches 0.853, 0.841 and 0.838 dev
 accuracy after 300 steps with seeds 0, 1 and 2.

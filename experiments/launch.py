@@ -1,6 +1,7 @@
 """What the commands share: reading flags and configs, and the exit code of every way to end.
 
-0 done; 2 the user's mistake: one message on stderr, no traceback; 3 training diverged; 128 + signal after a stop that saved.
+0 done; 2 the user's mistake: one message on stderr, no traceback; 3 training diverged; 128 + the signal after a stop
+that saved.
 """
 
 import importlib.util
@@ -66,7 +67,10 @@ def parse(argv: list[str], base: Callable[[], ConfigDict] = config_lib.default) 
         # Unlocked, because a new key may appear in a free section; every other name was checked just now.
         cfg.unlock()
         config_flags.DEFINE_config_dict("config", cfg, lock_config=False, accept_new_attributes=True, sys_argv=rest)
-        return flags.FLAGS(rest)
+        left = flags.FLAGS(rest)
+        if len(left) > 1:
+            raise UserError(f"{left[1]!r} is no flag; every option is --name=value")
+        return left
     except flags.IllegalFlagValueError as error:
         sys.exit(_say(f"error: {_illegal_value(str(error))}", 2))
     except (UserError, flags.Error) as error:

@@ -1,7 +1,7 @@
 """The configuration of a run: every field with its default and meaning, and the one place where a config is checked.
 
-`default()` is a locked `ConfigDict`, which config files and `--config.a.b=value` change; `resolve()` turns it into frozen
-dataclasses. Below this file nobody sees a `ConfigDict`, and nobody checks a field again.
+`default()` is a locked `ConfigDict`, which config files and `--config.a.b=value` change; `resolve()` turns it into
+frozen dataclasses. Below this file nobody sees a `ConfigDict`, and nobody checks a field again.
 """
 
 import functools
@@ -76,7 +76,7 @@ def default() -> ConfigDict:
     cfg.train.buckets = placeholder(object)  # lengths that rows are padded to; unset: a few up to data.max_length
 
     cfg.mesh = ConfigDict()  # devices along each axis; their product is what the run uses
-    cfg.mesh.data = 1  # copies of the model, each with a part of the batch
+    cfg.mesh.data = 1  # copies of the model, each with a part of the batch; -1: all devices that are left
     cfg.mesh.fsdp = 1  # as data, with the weights cut up too
     cfg.mesh.tensor = 1  # every product cut up
 
@@ -112,8 +112,8 @@ def resolve(cfg: ConfigDict, overrides: Collection[str] = ()) -> Config:
 
     Args:
       cfg: `default()` with changes.
-      overrides: dotted names of the fields that the command line or a sweep set. These must mean something to the method;
-        a config file may set fields for another method than the one chosen.
+      overrides: dotted names of the fields that the command line or a sweep set. These must mean something to the
+        method; a config file may set fields for another method than the one chosen.
 
     Raises:
       UserError: an unknown field, method or task; a value of the wrong type or out of range.

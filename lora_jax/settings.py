@@ -1,7 +1,8 @@
 """What a run is told, checked and frozen: one dataclass per section of the configuration.
 
 `config.resolve` makes these from a config; a notebook may make them by hand. The names of methods and tasks, and which
-fields a method has, come from the methods and tasks themselves, so a new file in `adapters/` or `tasks/` needs no line here.
+fields a method has, come from the methods and tasks themselves: a new file in `adapters/` or `tasks/` needs no line
+here.
 """
 
 import ast
@@ -62,12 +63,12 @@ class Task:
     options: Mapping[str, Any]
 
     def __post_init__(self):
-        known = inspect.signature(tasks.get(self.name)).parameters
-        given = {"tokenizer", "max_length", "splits"}
+        known = tasks.options(self.name)
         for option in self.options:
-            if option not in known or option in given:
-                own = sorted(set(known) - given)
-                raise UserError(f"the task {self.name!r} has no option {option!r}: {did_you_mean(option, own)}")
+            if option not in known:
+                raise UserError(
+                    f"task.options.{option}: the task {self.name!r} has no such option; {did_you_mean(option, known)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +99,7 @@ class Mesh:
     fsdp: int = 1
     tensor: int = 1
 
-    def __post_init__(self):
-        for name, size in dataclasses.asdict(self).items():
-            _check(size >= 1, f"mesh.{name}", size, "1 or more devices")
+    # `sharding.make_mesh` checks the sizes, since it knows how many devices there are.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +150,11 @@ def choose_adapter(section: Mapping[str, Any], overrides: Collection[str] = ()) 
       overrides: dotted names of fields that the command line or a sweep set.
 
     Raises:
-      UserError: an unknown method; a field that the method does not have, where `overrides` names it or where the config
-        file itself chose the method and misspells one of its options.
+      UserError: an unknown method; a field that the method does not have, where `overrides` names it or where the
+        config file itself chose the method and misspells one of its options.
     """
     method = section["method"]
-    known = set(inspect.signature(adapters.get(method)).parameters)
+    known = _parameters(method)
     given = {name: section[name] for name in COMMON} | {f"options.{k}": v for k, v in section["options"].items()}
     arguments, notes = {}, []
     for field, value in given.items():
@@ -172,6 +171,13 @@ def choose_adapter(section: Mapping[str, Any], overrides: Collection[str] = ()) 
             raise UserError(message)
         notes.append(f"adapter.{field}={value!r} has no effect: the method {method!r} does not have it")
     return Adapter(method=method, head=section["head"], arguments=arguments, notes=tuple(notes))
+
+
+def _parameters(method: str) -> set[str]:
+    parameters = inspect.signature(adapters.get(method)).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        raise UserError(f"adapter.method={method!r} combines other adapters; from a config, choose one of them")
+    return {p.name for p in parameters}
 
 
 def _literal(value: Any) -> Any:

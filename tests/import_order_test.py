@@ -15,28 +15,33 @@ ORDER = [
     ["sites"],
     ["lift"],
     ["adapters"],
+    ["saving"],
+    ["audit"],
     ["quant"],
     ["models"],
     ["data"],
     ["tasks"],
     ["sharding"],
     ["optim"],
-    ["evaluate"],
+    ["feed"],
+    ["step"],
     ["records"],
+    ["evaluate"],
     ["checkpoint"],
     ["train"],
     ["generate"],
     ["export"],
     ["tiny"],
     ["settings"],
+    ["assemble"],
     ["config"],
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 # Inside these folders each file is one method, family or objective; what several need has one of these names.
 SHARED = {
-    "adapters": {"base"},
-    "models": {"base", "hf", "layers"},
-    "tasks": {"base"},
+    "adapters": {"base", "full"},  # full: training in place, which head and layers narrow
+    "models": {"base", "cache", "files", "hf", "layers", "options", "registry", "rotary", "tensor"},
+    "tasks": {"base", "causal"},
 }
 EDGE = {"absl", "ml_collections"}
 NEVER = {"torch", "tensorflow", "peft"}
@@ -47,7 +52,7 @@ def files() -> list[Path]:
 
 
 def imported(file: Path) -> list[str]:
-    """Full dotted names of what a file imports, at the top or inside functions; `from lora_jax import x` gives lora_jax.x."""
+    """Full dotted names of what a file imports, anywhere in it; `from lora_jax import x` gives lora_jax.x."""
     names = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

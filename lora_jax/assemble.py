@@ -1,0 +1,80 @@
+"""From a configuration to the parts of a run: data, task, base, adapter, mesh.
+
+The cheap parts come first, so that a mistake in the data is reported before a checkpoint is read.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax import adapters, data, models, sharding, tasks, tiny
+from lora_jax.adapters import Adapter
+from lora_jax.models import files
+from lora_jax.settings import Config
+
+
+class Parts(NamedTuple):
+    """Attributes: mesh: None for a single device."""
+
+    base: models.Base
+    task: Any
+    splits: data.Splits
+    adapter: Adapter
+    mesh: jax.sharding.Mesh | None
+
+
+def assemble(config: Config, *, need: tuple[str, ...] = ("train", "dev")) -> Parts:
+    """Loads and builds all that a run needs.
+
+    Args:
+      config: from `config.resolve`.
+      need: splits of the data that must be there.
+
+    Raises:
+      UserError: whatever the user can mend: a file, a field, a label, a pattern, a device count.
+    """
+    mesh = make_mesh(config)
+    splits = data.load(data_path(config), fields=config.data.fields, limit=config.data.limit, need=need)
+    tokenizer = files.load_tokenizer(files.find(model_path(config)))
+    make = tasks.get(config.task.name)
+    task = make(tokenizer=tokenizer, max_length=config.data.max_length, splits=splits, **config.task.options)
+    base = load_base(config, len(task.labels) if task.labels else None)
+    return Parts(base, task, splits, make_adapter(config, base), mesh)
+
+
+def make_mesh(config: Config) -> jax.sharding.Mesh | None:
+    """The mesh that the config asks for; None where one device does."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    return mesh if mesh.size > 1 else None
+
+
+def model_path(config: Config) -> str:
+    """The model's directory or hub id; the embedded one if the config names none."""
+    return config.model.path or str(tiny.path())
+
+
+def data_path(config: Config) -> str:
+    """The data's path or hub id; the embedded second domain if the config names none."""
+    return config.data.path or str(tiny.data_path())
+
+
+def load_base(config: Config, num_labels: int | None = None) -> models.Base:
+    """The base; a fresh head has the run's seed."""
+    model = config.model
+    return models.load_pretrained(
+        model_path(config), dtype=model.dtype, num_labels=num_labels, dropout=model.dropout, seed=config.seed
+    )
+
+
+def make_adapter(config: Config, base: models.Base) -> Adapter:
+    """The method, and beside it the task's head, trained in place where the method itself leaves it alone."""
+    adapter = adapters.get(config.adapter.method)(**config.adapter.arguments)
+    if config.adapter.head == "none" or base.num_labels is None:
+        return adapter
+    # Shapes are enough to learn which sites the method takes.
+    chosen = jax.eval_shape(lambda key, v: adapter.init(key, v, base.sites), jax.random.key(0), base.variables)
+    rest = [path for path, site in base.sites.items() if site.role == "head" and path not in chosen]
+    if not rest:
+        return adapter
+    return adapters.get("chain")(adapter, adapters.get("head")(targets=[re.escape(path) for path in rest]))
