@@ -1,0 +1,202 @@
+"""Batches: batch i is a pure function of (examples, seed, i), so the only state that a resume needs is the step.
+
+The rows (an example each, or with packing the rows of a plan) are taken in the order of a seeded permutation per
+epoch, and the permutations follow each other without a gap: batch i holds the places i*B to i*B + B - 1 of that
+endless sequence. So every batch is full, every row comes exactly once per epoch, none is dropped, and an epoch
+smaller than a batch just repeats itself within the batch.
+
+With packing `batch_size` counts rows, and the plan (made once from the seed) fixes which examples share a row; the
+epochs shuffle the rows.
+
+An example is a dict of numpy arrays: 1-D arrays of one length hold one value per token (`tokens`, `targets`, `weights`,
+`token_type_ids`), 0-D arrays one value per example (`labels`, `pool_at`). `pool_at` points into the example and is
+moved with it.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax.data import buckets as bucket_lengths
+from lora_jax.data import packing as packing_plan
+from lora_jax.errors import UserError
+
+Example = Mapping[str, np.ndarray]
+Batch = dict[str, np.ndarray]
+POINTERS = ("pool_at",)  # fields that hold a position and so move with their example
+MAX_SEGMENTS = 32  # of a packed row, unless told; a bound keeps (B, S) arrays small when texts are very short
+RESERVED = ("segment_ids", "positions", "ids")
+
+
+class Batches:
+    """The batches of one split.
+
+    Attributes:
+      batch_size: rows of a batch.
+      rows: the example numbers of each row.
+      segments: S, the examples that a row has place for; 1 without packing.
+      lengths: the bucket lengths, ascending; every batch has one of them.
+      steps_per_epoch: batches that hold every row at least once.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        seed: int = 0,
+        max_length: int | None = None,
+        packing: bool = False,
+        buckets: Any = None,
+        max_segments: int | None = None,
+        names: Sequence[str] | None = None,
+    ):
+        """Makes the plan; nothing random is left after this.
+
+        Args:
+          examples: what `task.encode` returns, at least one.
+          batch_size: rows of a batch, at least 1.
+          seed: of the plan and of the epochs' orders.
+          max_length: no row is longer; None = the longest example. With packing, the length of a packed row.
+          packing: put several examples into a row.
+          buckets: see `buckets.choose`; with packing there is one.
+          max_segments: examples of a packed row at most; None = 32.
+          names: where each example came from, for messages.
+
+        Raises:
+          UserError: no example, a batch size below 1, an example that is too long or has no token or no target token.
+        """
+        if type(batch_size) is not int or batch_size < 1:
+            raise UserError(f"batch_size must be a whole number, at least 1; got {batch_size!r}")
+        self._examples, self.batch_size, self._seed = list(examples), batch_size, int(seed)
+        sizes = _check(self._examples, max_length, names)
+        capacity = max_length or max(sizes)
+        self.packing = bool(packing)
+        self.rows: packing_plan.Plan = (
+            packing_plan.plan(sizes, capacity, self._seed, max_segments or MAX_SEGMENTS)
+            if packing
+            else tuple((i,) for i in range(len(sizes)))
+        )
+        self.segments = max(len(row) for row in self.rows)
+        self._row_sizes = [sum(sizes[i] for i in row) for row in self.rows]
+        if packing and buckets is None:
+            self.lengths: tuple[int, ...] = (bucket_lengths.round_up(max(self._row_sizes), capacity),)
+        else:
+            self.lengths = bucket_lengths.choose(self._row_sizes, batch_size, max_length, buckets)
+        self.steps_per_epoch = -(-len(self.rows) // batch_size)
+        self._order = functools.lru_cache(maxsize=4)(self._permutation)
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of one step: any step from 0 on, in any order.
+
+        Returns:
+          tokens, segment_ids, positions (B,T) int32 with 0 as padding; ids (B,S) int32, -1 = none; the examples' own
+          arrays, (B,T) per token and (B,S) per example.
+        """
+        if step < 0:
+            raise IndexError(f"steps count from 0, got {step}")
+        count = len(self.rows)
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return self._collate([int(self._order(place // count)[place % count]) for place in places])
+
+    def in_order(self) -> Iterator[Batch]:
+        """Every row exactly once, in order; the last batch is filled with empty rows (ids -1, everything else 0)."""
+        for first in range(0, len(self.rows), self.batch_size):
+            yield self._collate(list(range(first, min(first + self.batch_size, len(self.rows)))))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over examples, plan and order: two objects with the same one give the same batch at every step."""
+        total = hashlib.sha256(repr((self.batch_size, self._seed, self.lengths)).encode())
+        total.update(packing_plan.fingerprint(self.rows).encode())
+        for example in self._examples:
+            for key in sorted(example):
+                value = np.ascontiguousarray(example[key])
+                total.update(f"{key}{value.dtype}{value.shape}".encode() + value.tobytes())
+        return total.hexdigest()
+
+    @property
+    def fill(self) -> float:
+        """The share of real tokens if every row were padded to the longest bucket."""
+        return sum(self._row_sizes) / (len(self.rows) * self.lengths[-1])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        # The plan takes stream 0.
+        return packing_plan.permutation(len(self.rows), self._seed, epoch + 1)
+
+    def _collate(self, rows: list[int]) -> Batch:
+        longest = max(self._row_sizes[r] for r in rows)
+        length = next(n for n in self.lengths if n >= longest)
+        batch = self._empty(length)
+        for b, row in enumerate(rows):
+            start = 0
+            for s, i in enumerate(self.rows[row]):
+                start = _place(batch, self._examples[i], b, s, start)
+                batch["ids"][b, s] = i
+        return batch
+
+    def _empty(self, length: int) -> Batch:
+        tokens, segments = (self.batch_size, length), (self.batch_size, self.segments)
+        batch = {key: np.zeros(tokens, np.int32) for key in ("tokens", "segment_ids", "positions")}
+        for key, value in self._examples[0].items():
+            kind = np.float32 if np.issubdtype(np.asarray(value).dtype, np.floating) else np.int32
+            batch[key] = np.zeros(segments if np.ndim(value) == 0 else tokens, kind)
+        batch["ids"] = np.full(segments, -1, np.int32)
+        return batch
+
+
+def _place(batch: Batch, example: Example, b: int, s: int, start: int) -> int:
+    """Writes one example into row b as segment s from `start` on; returns its end."""
+    end = start + len(example["tokens"])
+    batch["segment_ids"][b, start:end] = s + 1
+    batch["positions"][b, start:end] = np.arange(end - start)
+    for key, value in example.items():
+        if np.ndim(value):
+            batch[key][b, start:end] = value
+        else:
+            batch[key][b, s] = value + start if key in POINTERS else value
+    return end
+
+
+def _check(examples: Sequence[Example], max_length: int | None, names: Sequence[str] | None) -> list[int]:
+    """Returns the number of tokens of each example."""
+    if not examples:
+        raise UserError("there is no example to make a batch of: the split is empty")
+    if max_length is not None and (type(max_length) is not int or max_length < 1):
+        raise UserError(f"max_length must be a whole number of tokens, at least 1; got {max_length!r}")
+    sizes, without = [], []
+    for i, example in enumerate(examples):
+        sizes.append(_length(example, examples[0], _name(i, names), max_length))
+        if "weights" in example and not np.any(example["weights"] > 0):
+            without.append(_name(i, names))
+    if without:
+        raise UserError(
+            f"{len(without)} of {len(examples)} examples have no target token, so nothing would be learned from them: "
+            f"{', '.join(without[:5])}{', ...' if len(without) > 5 else ''}. Was the completion empty or cut off? "
+            "Raise data.max_length or drop these records"
+        )
+    return sizes
+
+
+def _length(example: Example, first: Example, name: str, max_length: int | None) -> int:
+    if example.keys() != first.keys() or any(key in RESERVED for key in example):
+        raise UserError(
+            f"{name} has the arrays {sorted(example)}; expected {sorted(first)}, none of {', '.join(RESERVED)}"
+        )
+    size = len(example["tokens"])
+    if size == 0:
+        raise UserError(f"{name} has no tokens: its text is empty")
+    if max_length is not None and size > max_length:
+        raise UserError(
+            f"{name} has {size} tokens, more than max_length={max_length}; truncate it or raise data.max_length"
+        )
+    wrong = [key for key, value in example.items() if np.ndim(value) and len(value) != size]
+    if wrong:
+        raise UserError(f"{name}: the array {wrong[0]!r} has {len(example[wrong[0]])} values for {size} tokens")
+    return size
+
+
+def _name(i: int, names: Sequence[str] | None) -> str:
+    return names[i] if names else f"example {i}"
