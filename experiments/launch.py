@@ -18,18 +18,11 @@ from ml_collections import ConfigDict, config_flags
 
 from lora_jax import config as config_lib
 from lora_jax.errors import UserError, nearest
+from lora_jax.stopping import Diverged, Interrupted
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the run.")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 _FILE = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
-
-
-class Exit(Exception):
-    """Ends a command with an exit code and a message that was not the user's mistake (diverged, stopped)."""
-
-    def __init__(self, code: int, message: str):
-        super().__init__(message)
-        self.code = code
 
 
 def run(main: Callable[[], None], base: Callable[[], ConfigDict] | None = None) -> None:
@@ -48,8 +41,10 @@ def call(main: Callable[[], None]) -> int:
         main()
     except UserError as error:
         return _say(f"error: {error}", 2)
-    except Exit as error:
+    except (Diverged, Interrupted) as error:
         return _say(str(error), error.code)
+    except KeyboardInterrupt:
+        return _say("stopped before training began; nothing to save", 130)
     return 0
 
 

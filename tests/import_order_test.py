@@ -26,6 +26,9 @@ ORDER = [
     ["feed"],
     ["step"],
     ["records"],
+    ["manifest"],
+    ["stopping"],
+    ["progress"],
     ["evaluate"],
     ["checkpoint"],
     ["train"],
@@ -33,6 +36,7 @@ ORDER = [
     ["export"],
     ["tiny"],
     ["settings"],
+    ["continuations"],
     ["assemble"],
     ["config"],
 ]
