@@ -26,7 +26,8 @@ def head(*, targets: Any = None) -> Adapter:
     spec = json_ready(method="head", targets=targets)
 
     def choose(sites):
-        default = [p for p, s in sites.items() if s.role == "head"]
+        kernels = [p for p, s in sites.items() if s.role == "head"]
+        default = [p for p in sites if p in {*kernels, *(sites[k].bias for k in kernels)}]
         if targets is None and not default:
             raise UserError(
                 "the method 'head' finds no head: this model names none (a task without labels has none, and a model of "

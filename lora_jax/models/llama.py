@@ -35,6 +35,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# What a config.json of these families may say about the numbers; `from_config` refuses other keys.
+KEYS = frozenset(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings original_max_position_embeddings hidden_act rms_norm_eps rope_parameters rope_scaling "
+    "rope_theta partial_rotary_factor sliding_window use_sliding_window max_window_layers layer_types attention_bias "
+    "mlp_bias tie_word_embeddings attention_dropout pretraining_tp".split()
+)
+
 buffers = (r"(.*\.)?rotary_emb\.inv_freq", r"lm_head\.weight")  # lm_head: of a tied model, or beside a task head
 carried: tuple[str, ...] = ()
 renames: tuple[tuple[str, str], ...] = ()
@@ -47,7 +55,7 @@ roles = (
     (r".*/mlp/up_proj/kernel", "up"),
     (r".*/mlp/gate_proj/kernel", "gate"),
     (r".*/mlp/down_proj/kernel", "down"),
-    (r"score/kernel", "head"),
+    (r"(lm_head|score)/kernel", "head"),
 )
 
 sharding = (
