@@ -1,0 +1,108 @@
+"""Batches on their way to the devices: prepared ahead in a thread, and never more steps in flight than needed.
+
+A batch is made on the host and sent off while the devices work on earlier ones. JAX returns from a step before it is
+computed, so a loop that never reads a result would run arbitrarily far ahead; `Throttle` waits for a result of some
+steps ago, which leaves the devices busy and neither memory nor a signal's delay unbounded.
+"""
+
+import collections
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lora_jax import sharding
+from lora_jax.errors import UserError
+
+
+class Fed(NamedTuple):
+    """A batch on the devices, and what the host knows about it.
+
+    Attributes:
+      arrays: the batch, placed.
+      ids: (B, S) int32 on the host: which example each segment is, -1 = none.
+      tokens: how many real (not padding) tokens it holds.
+    """
+
+    arrays: Any
+    ids: np.ndarray | None
+    tokens: int
+
+
+def place(batch: Mapping[str, np.ndarray], mesh: Mesh | None, *, check: bool = True) -> Fed:
+    """Sends one batch off; its leading axis is split over the mesh's data and fsdp axes.
+
+    Raises:
+      UserError: no token of the batch has a target, so that its loss would be 0 / 0.
+    """
+    weights = batch.get("weights")
+    if check and weights is not None and not np.any(weights):
+        raise UserError(
+            "a batch has no token with a target (all its weights are 0): were the examples cut before their targets? "
+            "Raise data.max_length, or use a larger train.batch_size"
+        )
+    target = sharding.sharding(mesh, sharding.BATCH)
+    arrays = jax.device_put(dict(batch), target)
+    segments = batch.get("segment_ids")
+    tokens = np.count_nonzero(segments) if segments is not None else next(iter(batch.values())).size
+    return Fed(arrays, batch.get("ids"), int(tokens))
+
+
+def prefetch(batches: Iterable[Any], function: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
+    """Yields `function(batch)` for every batch, made `depth` ahead in a thread.
+
+    An error in the thread is raised here, at its batch. Closing the generator ends the thread.
+    """
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    closed = threading.Event()
+    end = object()
+
+    def put(item: tuple[Any, BaseException | None]) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put((function(batch), None)):
+                    return
+            put((end, None))
+        except BaseException as error:  # Whatever it is belongs to the caller.
+            put((None, error))
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        closed.set()
+        thread.join()
+
+
+class Throttle:
+    """Keeps at most `depth` results in flight."""
+
+    def __init__(self, depth: int = 4):
+        self._queue: collections.deque = collections.deque()
+        self._depth = depth
+
+    def __call__(self, result: Any) -> None:
+        """Takes a step's result and waits until the one `depth` steps ago is there."""
+        self._queue.append(result)
+        if len(self._queue) > self._depth:
+            jax.block_until_ready(self._queue.popleft())
