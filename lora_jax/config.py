@@ -13,9 +13,10 @@ from ml_collections.config_dict import placeholder
 
 from lora_jax.errors import UserError, nearest
 from lora_jax.settings import Config, Data, Generate, Log, Mesh, Model, Task, choose_adapter
-from lora_jax.train import TrainSettings
+from lora_jax.train_settings import TrainSettings
 
 # Sections whose keys are free: their names belong to a data set, a task or a method.
+DEFAULT_STEPS = 300
 FREE = ("data.fields", "task.options", "adapter.options")
 
 
@@ -53,10 +54,10 @@ def default() -> ConfigDict:
     cfg.adapter.options = ConfigDict()  # a method's own: --config.adapter.options.dropout=0.1
 
     cfg.train = ConfigDict()
-    cfg.train.steps = 300  # optimizer steps
-    cfg.train.epochs = 0.0  # above 0: passes over the data, in place of steps
+    cfg.train.steps = 0  # optimizer steps; set this or epochs, and where neither is set it is DEFAULT_STEPS
+    cfg.train.epochs = 0.0  # passes over the data, in place of steps
     cfg.train.batch_size = 32  # examples (rows, with packing) per optimizer step
-    cfg.train.eval_batch_size = 64
+    cfg.train.eval_batch_size = 64  # changes memory and speed, not the result
     cfg.train.accumulate = 1  # micro-batches that a batch is cut into
     cfg.train.learning_rate = 1e-3
     cfg.train.schedule = "linear"  # constant, cosine, linear: what follows the warm-up
@@ -67,8 +68,8 @@ def default() -> ConfigDict:
     cfg.train.b2 = 0.999
     cfg.train.eps = 1e-8
     cfg.train.lora_plus_ratio = 1.0  # learning rate of B over that of A
-    cfg.train.eval_every = 100  # steps
-    cfg.train.checkpoint_every = 100  # steps
+    cfg.train.eval_every = 100  # steps between evaluations on dev; 0: at the end only
+    cfg.train.checkpoint_every = 100  # steps; 0: after evaluations that improve, and at the end
     cfg.train.log_every = 10  # steps
     cfg.train.patience = 0  # evaluations without improvement before it stops; 0 is off
     cfg.train.keep = 2  # newest checkpoints that stay on disk, besides the best
@@ -84,8 +85,8 @@ def default() -> ConfigDict:
     cfg.generate.max_new_tokens = 64
     cfg.generate.temperature = 0.0  # 0 is greedy
     cfg.generate.top_p = 1.0
-    cfg.generate.score = 0  # examples per split whose generated text is scored before and after training
-    cfg.generate.show = 3  # generations shown before and after training
+    cfg.generate.score = 0  # dev examples whose generated text is scored before and after training; 0: no comparison
+    cfg.generate.show = 3  # of these, how many are shown
 
     cfg.log = ConfigDict()
     cfg.log.tensorboard = False  # needs the extra `tensorboard`
@@ -131,11 +132,19 @@ def resolve(cfg: ConfigDict, overrides: Collection[str] = ()) -> Config:
         data=Data(**tree["data"]),
         task=Task(**tree["task"]),
         adapter=choose_adapter(tree["adapter"], overrides),
-        train=TrainSettings(**tree["train"]),
+        train=TrainSettings(**tree["train"] | _length(tree["train"], overrides)),
         mesh=Mesh(**tree["mesh"]),
         generate=Generate(**tree["generate"]),
         log=Log(**tree["log"]),
     )
+
+
+def _length(train: Mapping[str, Any], overrides: Collection[str]) -> dict[str, Any]:
+    """Steps or epochs: what the command line sets wins over what the file set."""
+    steps, epochs = train["steps"], train["epochs"]
+    if steps and epochs and ("train.steps" in overrides) != ("train.epochs" in overrides):
+        return {"steps": 0} if "train.epochs" in overrides else {"epochs": 0.0}
+    return {"steps": DEFAULT_STEPS} if not steps and not epochs else {}
 
 
 def from_dict(values: Mapping[str, Any]) -> ConfigDict:

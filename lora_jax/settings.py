@@ -14,7 +14,7 @@ from typing import Any
 from lora_jax import adapters, tasks
 from lora_jax.errors import UserError, did_you_mean
 from lora_jax.sites import parse_layers, parse_patterns
-from lora_jax.train import TrainSettings
+from lora_jax.train_settings import TrainSettings
 
 COMMON = (
     "rank",

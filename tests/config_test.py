@@ -9,7 +9,7 @@ from absl.testing import flagsaver
 from experiments import launch
 from lora_jax import config
 from lora_jax.errors import UserError
-from lora_jax.train import TrainSettings
+from lora_jax.train_settings import TrainSettings
 
 
 def parsed(*arguments: str):
@@ -38,7 +38,26 @@ def failure(capsys, *arguments: str) -> str:
 def test_defaults_resolve():
     got = config.resolve(config.default())
     assert got.adapter.method == "lora" and got.adapter.arguments == {}
-    assert got.train == TrainSettings(**config.default().train.to_dict())
+    assert got.train.steps == config.DEFAULT_STEPS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps", "epochs"),
+    [
+        (["--config.train.epochs=2"], 0, 2.0),
+        (["--config.train.steps=7"], 7, 0.0),
+        (["--config=configs/e2e.py", "--config.train.epochs=2"], 0, 2.0),
+        (["--config=configs/banking.py", "--config.train.steps=7"], 7, 0.0),
+    ],
+)
+def test_steps_or_epochs(arguments, steps, epochs):
+    got = resolved(*arguments).train
+    assert (got.steps, got.epochs) == (steps, epochs)
+
+
+def test_steps_and_epochs_together_are_a_mistake():
+    with pytest.raises(UserError, match="train.steps=7 and train.epochs=2"):
+        resolved("--config.train.steps=7", "--config.train.epochs=2")
 
 
 def test_every_train_setting_is_a_field():
@@ -67,9 +86,8 @@ def test_rank_forms(text, value):
 
 
 def test_command_line_beats_the_file_and_the_last_one_counts():
-    assert resolved("--config=configs/quickstart.py", "--config.adapter.rank=2", "--config.adapter.rank=3").adapter.arguments[
-        "rank"
-    ] == 3  # fmt: skip
+    got = resolved("--config=configs/quickstart.py", "--config.adapter.rank=2", "--config.adapter.rank=3")
+    assert got.adapter.arguments["rank"] == 3
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,15 @@ ORDER = [
     ["progress"],
     ["evaluate"],
     ["checkpoint"],
+    ["loop"],
+    ["train_settings"],
     ["train"],
     ["generate"],
     ["export"],
     ["tiny"],
     ["settings"],
-    ["continuations"],
     ["assemble"],
+    ["assess"],
     ["config"],
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}

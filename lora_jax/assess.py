@@ -1,13 +1,15 @@
-"""Text that a model writes for the records of a task, and its score: what a loss does not show."""
+"""What an adapter is worth: the metrics of a split, and the text that it writes for a split's records."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax import data
+from lora_jax import data, evaluate, sharding
+from lora_jax.assemble import Parts
 from lora_jax.errors import UserError
 from lora_jax.generate import generate
+from lora_jax.lift import lift
 from lora_jax.models import Base
-from lora_jax.settings import Generate
+from lora_jax.settings import Config, Generate
 from lora_jax.tasks import Task
 
 
@@ -19,8 +21,46 @@ class Written(NamedTuple):
     """
 
     texts: list[str]
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     rows: list[dict[str, Any]]
+
+
+def measure(config: Config, parts: Parts, delta: Any, split: str) -> tuple[evaluate.Evaluation, list[dict[str, Any]]]:
+    """Evaluates a delta on one split, every example once.
+
+    Args:
+      config: of the run.
+      parts: of the run.
+      delta: of the adapter; None evaluates the base.
+      split: train, dev or test.
+
+    Returns:
+      The evaluation, and one JSON object per example.
+
+    Raises:
+      UserError: the data has no such split.
+    """
+    found = parts.splits.get(split)
+    if not found:
+        raise UserError(f"the data has no split {split!r}; it has {', '.join(k for k, v in parts.splits.items() if v)}")
+    records = parts.task.prepare(found)
+    batches = data.Batches(
+        [parts.task.encode(record) for record in records],
+        batch_size=config.train.eval_batch_size or config.train.batch_size,
+        seed=config.seed,
+        max_length=config.data.max_length,
+        packing=config.train.packing,
+        buckets=config.train.buckets,
+        names=[record.where for record in records],
+    )
+    base, mesh = parts.base, parts.mesh
+    specs = None if mesh is None else sharding.base_specs(base.variables, base.family.sharding, mesh)
+    with sharding.use(mesh):
+        variables = sharding.place_base(base.variables, specs, mesh)
+        step = evaluate.make_eval_step(lift(base.apply), None if delta is None else parts.adapter, parts.task)
+        result = evaluate.evaluate(step, variables, delta, parts.task, batches, mesh=mesh)
+    assert result is not None  # Nothing asked it to stop.
+    return result, evaluate.predictions(parts.task, records, result)
 
 
 def can_write(task: Task) -> bool:
