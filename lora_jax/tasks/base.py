@@ -89,7 +89,7 @@ def cross_entropy(logits: Array, targets: Array) -> Array:
     """
     z = logits.astype(jnp.float32)
     # A comparison, no gather: its derivative is no scatter, and a vocabulary split over devices stays where it is.
-    hit = targets[..., None] == jax.lax.broadcasted_iota(targets.dtype, z.shape, z.ndim - 1)
+    hit = targets[..., None] == jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
     return jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(hit, z, 0.0), axis=-1)
 
 
