@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +14,12 @@ import numpy as np
 
 from lora_jax import trees
 from lora_jax.errors import UserError
-from lora_jax.models import registry
+from lora_jax.models import options, registry
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+BLOCK = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,8 +156,15 @@ def fresh(path: str, shape: tuple[int, ...], config: Any, seed: int) -> np.ndarr
     leaf = path.rsplit("/", 1)[-1]
     if leaf in ("scale", "bias"):
         return np.full(shape, float(leaf == "scale"), np.float32)
-    key = trees.fold_path(jax.random.key(seed), path)
-    return np.asarray(config.initializer_range * jax.random.normal(key, shape, jnp.float32))
+    size, key = math.prod(shape), trees.fold_path(jax.random.key(seed), path)
+    blocks = [np.asarray(_normal(key, np.uint32(i))) for i in range(-(-size // BLOCK))]
+    return config.initializer_range * np.concatenate(blocks)[:size].reshape(shape)
+
+
+@jax.jit
+def _normal(key, block):
+    """Draws in blocks of one size, so that one compiled program serves every shape."""
+    return jax.random.normal(jax.random.fold_in(key, block), (BLOCK,), jnp.float32)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,6 +225,7 @@ def from_config(
     """
     raw = dict(config) if isinstance(config, Mapping) else config.to_hf()
     family = registry.get(raw.get("model_type"))
+    options.known(raw, family.KEYS)
     config = family.Config.from_hf(raw) if isinstance(config, Mapping) else config
     config = configure(config, num_labels, dropout)
     kind = check_dtype(dtype)

@@ -20,6 +20,13 @@ PREFIX = "bert."
 HAS_CACHE = False
 HAS_TOKEN_TYPES = True
 
+# What a config.json of this family may say about the numbers; `from_config` refuses other keys.
+KEYS = frozenset(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
+    "type_vocab_size hidden_act layer_norm_eps hidden_dropout_prob attention_probs_dropout_prob classifier_dropout "
+    "position_embedding_type is_decoder add_cross_attention tie_word_embeddings".split()
+)
+
 # The heads of pretraining and of other tasks, and index buffers that older files hold.
 buffers = (r"embeddings\.(position|token_type)_ids", r"cls\..*", r"classifier\..*", r"pooler\..*")
 carried = (r"pooler\..*",)

@@ -7,7 +7,7 @@ the file and changes nothing; what it does read is either implemented or refused
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.errors import UserError, nearest
+from lora_jax.errors import UserError, did_you_mean, nearest
 
 # Read by transformers whatever the family: other numbers come out if they are set.
 REFUSED = {"quantization_config": (None,), "is_causal": (None, True)}
@@ -74,6 +74,17 @@ def only(raw: Mapping[str, Any], supported: Mapping[str, tuple]) -> None:
     for name, values in (REFUSED | dict(supported)).items():
         if name in raw and raw[name] not in values:
             raise UserError(f"config.json: {name}={raw[name]!r} is not supported; supported: {_shown(values)}")
+
+
+def known(raw: Mapping[str, Any], keys: frozenset[str]) -> None:
+    """Refuses keys that no one reads: for a config written by hand, where such a key is a misspelling.
+
+    Raises:
+      UserError: names the key and the nearest one that exists.
+    """
+    for name in raw:
+        if name not in keys | COMMON | set(REFUSED):
+            raise UserError(f"unknown key {name!r} in the config; {did_you_mean(name, keys | COMMON)}")
 
 
 def _shown(values: tuple) -> str:
