@@ -4,14 +4,18 @@ The cheap parts come first, so that a mistake in the data is reported before a c
 """
 
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax import adapters, data, models, sharding, tasks, tiny
+from lora_jax import adapters, data, export, models, saving, sharding, tasks, tiny
 from lora_jax.adapters import Adapter
+from lora_jax.errors import UserError
 from lora_jax.models import files
 from lora_jax.settings import Config
+
+PEFT_CONFIG = "adapter_config.json"  # the file that makes a folder an adapter in PEFT's format
 
 
 class Parts(NamedTuple):
@@ -72,9 +76,33 @@ def make_adapter(config: Config, base: models.Base) -> Adapter:
     adapter = adapters.get(config.adapter.method)(**config.adapter.arguments)
     if config.adapter.head == "none" or base.num_labels is None:
         return adapter
-    # Shapes are enough to learn which sites the method takes.
-    chosen = jax.eval_shape(lambda key, v: adapter.init(key, v, base.sites), jax.random.key(0), base.variables)
-    rest = [path for path, site in base.sites.items() if site.role == "head" and path not in chosen]
+    head = adapters.get("head")
+    chosen = _selected(adapter, base)
+    rest = [path for path in _selected(head(), base) if path not in chosen]
     if not rest:
         return adapter
-    return adapters.get("chain")(adapter, adapters.get("head")(targets=[re.escape(path) for path in rest]))
+    return adapters.get("chain")(adapter, head(targets=[re.escape(path) for path in rest]))
+
+
+def _selected(adapter: Adapter, base: models.Base) -> set[str]:
+    """Paths that an adapter takes; nothing is computed."""
+    return set(jax.eval_shape(lambda key, v: adapter.init(key, v, base.sites), jax.random.key(0), base.variables))
+
+
+def save_adapter(folder: Path, parts: Parts, delta: Any) -> None:
+    """Writes the trained adapter: in PEFT's format where PEFT has the method, else in ours."""
+    try:
+        export.save_peft(folder, parts.adapter, delta, parts.base)
+    except UserError:
+        saving.save(folder, parts.adapter, delta, parts.base.variables)
+
+
+def load_adapter(folder: Path, base: models.Base) -> tuple[Adapter, dict[str, Any]]:
+    """Reads what `save_adapter` wrote.
+
+    Raises:
+      UserError: nothing there, damaged files, or another base.
+    """
+    if (folder / PEFT_CONFIG).exists():
+        return export.load_peft(folder, base)
+    return saving.load(folder, base.variables)

@@ -68,6 +68,48 @@ def can_write(task: Task) -> bool:
     return task.prompt is not None
 
 
+def reply(
+    base: Base,
+    variables: Mapping[str, Any],
+    task: Task,
+    records: Sequence[data.Record],
+    settings: Generate,
+    *,
+    apply: Callable | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Continues the prompt of every record.
+
+    Args:
+      base: a decoder.
+      variables: its weights, or what `adapter.bind` returned.
+      task: one that generates.
+      records: with what the task needs of a prompt.
+      settings: length and temperature.
+      apply: `lift(base.apply)` where `variables` holds adapted weights.
+      seed: of the draws, where the temperature is not 0.
+
+    Returns:
+      One text per record, special tokens left out.
+
+    Raises:
+      UserError: a task that does not generate.
+    """
+    if task.prompt is None:
+        raise UserError(f"the task {task.name!r} generates no text; use sft")
+    tokens = generate(
+        base,
+        variables,
+        [task.prompt(record) for record in records],
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=seed,
+        apply=apply,
+    )
+    return [decode(base, ids) for ids in tokens]
+
+
 def write(
     base: Base,
     variables: Mapping[str, Any],
@@ -78,40 +120,18 @@ def write(
     apply: Callable | None = None,
     seed: int = 0,
 ) -> Written:
-    """Continues the prompt of every record and compares with its references.
-
-    Args:
-      base: a decoder.
-      variables: its weights, or what `adapter.bind` returned.
-      task: one that generates.
-      records: of one split.
-      settings: length and temperature.
-      apply: `lift(base.apply)` where `variables` holds adapted weights.
-      seed: of the draws, where the temperature is not 0.
-
-    Raises:
-      UserError: a task that does not generate.
-    """
-    if task.prompt is None or task.references is None or task.score is None:
-        raise UserError(f"the task {task.name!r} generates no text; use sft")
-    prompts = [task.prompt(record) for record in records]
-    tokens = generate(
-        base,
-        variables,
-        prompts,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=seed,
-        apply=apply,
-    )
-    texts = [decode(base, ids) for ids in tokens]
+    """As `reply`, and compares with the records' references."""
+    texts = reply(base, variables, task, records, settings, apply=apply, seed=seed)
+    if not texts:
+        return Written([], {}, [])
+    assert task.prompt is not None and task.references is not None and task.score is not None
     references = [task.references(record) for record in records]
+    prompts = [decode(base, task.prompt(record)) for record in records]
     rows = [
-        {"id": i, "prompt": decode(base, p), "text": t, "references": r}
+        {"id": i, "prompt": p, "text": t, "references": r}
         for i, (p, t, r) in enumerate(zip(prompts, texts, references, strict=True))
     ]
-    return Written(texts, dict(task.score(texts, references)) if rows else {}, rows)
+    return Written(texts, dict(task.score(texts, references)), rows)
 
 
 def decode(base: Base, ids: Sequence[int]) -> str:

@@ -1,0 +1,43 @@
+"""Takes the adapter of a finished run to the outside world.
+
+python -m experiments.export --workdir=runs/quickstart --format=peft --out=DIR   (adapter, for PEFT, vLLM, ...)
+python -m experiments.export --workdir=runs/quickstart --format=hf --out=DIR     (merged, in Hugging Face layout)
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from experiments import launch, workdir
+from lora_jax import config as config_lib
+from lora_jax import export, models
+from lora_jax.assemble import assemble, load_adapter
+from lora_jax.errors import UserError, did_you_mean
+
+FORMATS = ("peft", "hf")
+FORMAT = flags.DEFINE_string("format", None, "peft: the adapter alone; hf: merged into the checkpoint.")
+OUT = flags.DEFINE_string("out", None, "The directory to write; must be empty or absent.")
+
+
+def main() -> None:
+    folder = workdir.path()
+    if FORMAT.value not in FORMATS:
+        raise UserError(f"--format={FORMAT.value or ''}: {did_you_mean(FORMAT.value or '', FORMATS)}")
+    if not OUT.value:
+        raise UserError("--out=DIR is needed: the directory to write")
+    out = Path(OUT.value)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out} is there already and not an empty directory; name another one")
+    cfg = launch.config()
+    workdir.check_finished(folder, cfg)
+    parts = assemble(config_lib.resolve(cfg))
+    adapter, delta = load_adapter(folder / workdir.ADAPTER, parts.base)
+    if FORMAT.value == "peft":
+        export.save_peft(out, adapter, delta, parts.base)
+    else:
+        models.save_pretrained(out, parts.base, adapter.merge(parts.base.variables, delta))
+    print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} to {out}")
+
+
+if __name__ == "__main__":
+    launch.run(main, base=workdir.read)
