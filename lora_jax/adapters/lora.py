@@ -146,7 +146,9 @@ def lora(
         own = np.asarray(one.scales, np.float32).reshape(batch) if scale is None else scale
         own = jnp.broadcast_to(jnp.asarray(own, jnp.float32), batch)
         keys = None if key is None or dropout == 0.0 else jax.random.split(key, batch)
-        return LoRAWeight(base=base, axes=one.axes, path=path, a=one.a, b=one.b, scale=own, key=keys, dropout=dropout)
+        return LoRAWeight(
+            base=base, axes=one.axes, path=path, a=one.a, b=one.b, scale=own, key=keys, dropout=dropout, idle=_idle(one, batch)
+        )  # fmt: skip
 
     return per_site(spec, choose=choose, make=make, weight=weight)
 
@@ -223,6 +225,14 @@ def _make(key: jax.Array, site: Site, ranks: list[int], scales: list[float], ini
     a, b = (f * live.reshape(live.shape + (1,) * (f.ndim - live.ndim)) for f in (a, b))
     flat = tuple(int(n) for n in own.reshape(-1)), tuple(float(s) for s in per_batch(scales, site).reshape(-1))
     return LoRA(a=jnp.moveaxis(a, len(batch), -1), b=b, axes=Axes.of(site), ranks=flat[0], scales=flat[1])
+
+
+def _idle(one: LoRA, batch: tuple[int, ...]) -> int:
+    """Leading slices of a stack whose rank is zero throughout."""
+    if not batch or 0 not in one.axes.batch[:1]:
+        return 0
+    live = np.asarray(one.ranks).reshape(batch[0], -1).any(axis=1)
+    return int(np.argmax(live)) if live.any() else 0
 
 
 def _uniform(fan: int):

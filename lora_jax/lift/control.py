@@ -7,10 +7,11 @@ passed through as the pytrees they are.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.lift.interpret import ENTER, Interpreter, opened
-from lora_jax.lift.weight import AdaptedWeight, NotStructural, is_adapted, specs
+from lora_jax.lift.weight import AdaptedWeight, NotStructural, is_adapted, slice_along, specs
 
 
 def enter(*names: str):
@@ -54,15 +55,47 @@ def _scan(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
     n_consts = len(operands) - n_carry - n_xs
     shared = operands[:n_consts]
     carry = [self.dense(v, "scan (carried)", stack) for v in operands[n_consts : n_consts + n_carry]]
-    xs, restore = _stack(self, operands[n_consts + n_carry :], stack)
-
-    def body(carry, xs):
-        outs = self.run_dense(jaxpr, consts, [*shared, *carry, *restore(xs)], stack)
-        return outs[:n_carry], outs[n_carry:]
-
+    xs = operands[n_consts + n_carry :]
     params = eqn.params
-    final, ys = lax.scan(body, carry, xs, params["length"], params["reverse"], params["unroll"])
-    return [*final, *ys]
+
+    def run(carry, xs, length):
+        arrays, restore = _stack(self, xs, stack)
+
+        def body(carry, xs):
+            outs = self.run_dense(jaxpr, consts, [*shared, *carry, *restore(xs)], stack)
+            return outs[:n_carry], outs[n_carry:]
+
+        return lax.scan(body, carry, arrays, length, params["reverse"], params["unroll"])
+
+    frontier = _frontier(shared, xs, params)
+    if not frontier:
+        final, ys = run(carry, xs, params["length"])
+        return [*final, *ys]
+    below, above = _split(xs, frontier, params["length"])
+    carry, ys_below = run(carry, below, frontier)
+    final, ys_above = run(carry, above, params["length"] - frontier)
+    return [*final, *(jnp.concatenate(pair) for pair in zip(ys_below, ys_above, strict=True))]
+
+
+def _frontier(shared: list, xs: list, params: Any) -> int:
+    """How many first steps of a scan meet no adapted layer; the backward pass need not enter those."""
+    adapted = [v for v in xs if is_adapted(v)]
+    if params["reverse"] or any(map(is_adapted, shared)) or not adapted:
+        return 0
+    frontier = min(v.idle for v in adapted)
+    return frontier if frontier < params["length"] else 0
+
+
+def _split(xs: list, frontier: int, length: int) -> tuple[list, list]:
+    """The operands of the steps below the frontier, plain weights there, and of those above."""
+
+    def plain(v):
+        while is_adapted(v) and v.idle >= frontier:
+            v = v.base
+        return v
+
+    below = [slice_along(plain(v), 0, 0, frontier) for v in xs]
+    return below, [slice_along(v, 0, frontier, length - frontier) for v in xs]
 
 
 def _stack(self: Interpreter, values: list, stack: str):

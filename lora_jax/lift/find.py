@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lora_jax import trees
 from lora_jax.lift.interpret import Interpreter
 from lora_jax.lift.trace import Call
-from lora_jax.lift.weight import AdaptedWeight, Axes, NotStructural, regroup
+from lora_jax.lift.weight import AdaptedWeight, Axes, NotStructural, register, regroup
 from lora_jax.sites import Site, layer_index
 
 
@@ -150,7 +150,7 @@ class Product(AdaptedWeight):
 
 
 for _cls, _meta in ((Probe, ("record", "origin", "gone")), (Product, ("record",))):
-    jax.tree_util.register_dataclass(_cls, data_fields=["base"], meta_fields=["axes", "path", *_meta])
+    register(_cls, _meta)
 
 _current: list[Any] = []  # the equations being evaluated, innermost last: what identifies a use
 

@@ -49,7 +49,7 @@ class Axes:
 
 def register(cls: type, meta: Sequence[str] = ()) -> type:
     """Makes a dataclass with a `base`, its fields in `layout`, and static `meta` fields a pytree node."""
-    meta = ["axes", "path", *meta]
+    meta = ["axes", "path", "idle", *meta]
     data = [f.name for f in dataclasses.fields(cls) if f.name not in meta]
     return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
 
@@ -85,6 +85,7 @@ class AdaptedWeight:
       base: the frozen weight, an array or another adapted weight.
       axes: what the axes of the weight mean, as it stands now (structural operations change it).
       path: of the site, for messages.
+      idle: how many leading slices of a stack are nothing but the base (no layer below the first adapted one).
       layout: field name -> the roles its leading dimensions run along; any other word is a private dimension.
       sliceable: roles along which a slice of the weight is the weight of the slice.
     """
@@ -92,6 +93,7 @@ class AdaptedWeight:
     base: Any
     axes: Axes
     path: str
+    idle: int = 0
 
     layout: ClassVar[dict[str, tuple[str, ...]]] = {}
     sliceable: ClassVar[tuple[str, ...]] = ROLES
@@ -133,7 +135,7 @@ class AdaptedWeight:
     def transpose(self, permutation: Sequence[int]) -> Self:
         """Moves the axes of the weight; the method's arrays do not move, their meaning does."""
         new = [[list(permutation).index(a)] for a in range(len(self.shape))]
-        return dataclasses.replace(self, base=transpose(self.base, permutation), axes=self.axes.relabel(new))
+        return dataclasses.replace(self, base=transpose(self.base, permutation), axes=self.axes.relabel(new), idle=0)
 
     def reshape(self, shape: Sequence[int]) -> Self:
         """Splits axes, merges neighbouring axes of one role, adds or drops axes of size one."""
@@ -150,7 +152,7 @@ class AdaptedWeight:
         axes = self.axes.relabel(new)
         axes = dataclasses.replace(axes, fan_out=(*axes.fan_out, *fresh))
         fields = {name: self._reshape_field(name, axes, shape) for name in self.layout}
-        return dataclasses.replace(self, base=reshape(self.base, shape), axes=axes, **fields)
+        return dataclasses.replace(self, base=reshape(self.base, shape), axes=axes, idle=0, **fields)
 
     def slice(self, axis: int, start: Any, size: int, stride: int = 1) -> Self:
         """A slice along one axis; `start` may be traced when `stride` is one."""
@@ -163,7 +165,7 @@ class AdaptedWeight:
             value = getattr(self, name)
             if value is not None and role in roles:
                 fields[name] = slice_along(value, self._position(name, role) + offset, start, size, stride)
-        return dataclasses.replace(self, base=slice_along(self.base, axis, start, size, stride), **fields)
+        return dataclasses.replace(self, base=slice_along(self.base, axis, start, size, stride), idle=0, **fields)
 
     def constrain(self, place: Any) -> Self:
         """Applies a placement (a sharding constraint) to the base."""
@@ -194,7 +196,7 @@ class AdaptedWeight:
         fields = dict(scanned)
         if isinstance(self.base, AdaptedWeight):
             fields["base"] = self.base.unstacked(scanned["base"])
-        return dataclasses.replace(self, axes=axes, **fields)
+        return dataclasses.replace(self, axes=axes, idle=0, **fields)
 
     def _roles(self) -> tuple[tuple[int, ...], ...]:
         return (self.axes.batch, self.axes.fan_in, self.axes.fan_out)
