@@ -8,7 +8,7 @@ steps ago, which leaves the devices busy and neither memory nor a signal's delay
 import collections
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +52,7 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh | None, *, check: bool = T
     return Fed(arrays, batch.get("ids"), int(tokens))
 
 
-def prefetch(batches: Iterable[Any], function: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
+def prefetch(batches: Iterable[Any], function: Callable[[Any], Any], depth: int = 2) -> Generator[Any, None, None]:
     """Yields `function(batch)` for every batch, made `depth` ahead in a thread.
 
     An error in the thread is raised here, at its batch. Closing the generator ends the thread.

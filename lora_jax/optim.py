@@ -48,8 +48,8 @@ def make_schedule(kind: str, learning_rate: float, steps: int, warmup: float = 0
     def rate(count):
         count = jnp.asarray(count, jnp.float32)
         progress = jnp.clip((count - warm) / max(1, steps - warm), 0.0, 1.0)
-        shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress))}[kind]
-        return learning_rate * jnp.where(count < warm, count / max(1, warm), shape)
+        falls = {"constant": 0.0 * progress, "linear": progress, "cosine": 0.5 * (1.0 - jnp.cos(jnp.pi * progress))}
+        return learning_rate * jnp.where(count < warm, count / max(1, warm), 1.0 - falls[kind])
 
     return rate
 

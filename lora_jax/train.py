@@ -193,7 +193,7 @@ def _parts(base, adapter, task, settings, total, seed, mesh, echo) -> dict[str, 
     }
 
 
-def state_shardings(state: TrainState, mask: Any, specs: Mapping[str, P] | None, mesh: Mesh | None) -> TrainState:
+def state_shardings(state: TrainState, mask: Any, specs: Mapping[str, P] | None, mesh: Mesh | None) -> Any:
     """Shardings of a whole state: the delta by its base, optimizer slots by their leaves, the rest replicated.
 
     Args:
@@ -206,7 +206,8 @@ def state_shardings(state: TrainState, mask: Any, specs: Mapping[str, P] | None,
         return jax.tree.map(lambda _: sharding.sharding(None, P()), state)
     trainable, frozen = optim.split(sharding.delta_specs(delta_of(state, mask), specs or {}, mesh), mask)
     slots = sharding.slot_specs(state.opt_state, state.trainable, trainable)
-    return sharding.shardings(mesh, TrainState(trainable, frozen, slots, P(), P()))
+    specs_of_state: Any = TrainState(trainable, frozen, slots, step=P(), seed=P())  # type: ignore[arg-type]
+    return sharding.shardings(mesh, specs_of_state)
 
 
 def _plan(settings: TrainSettings, total: int) -> Plan:

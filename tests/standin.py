@@ -51,14 +51,23 @@ class Base:
         return trees.fingerprint(self.variables)
 
 
-def make_base(dropout: float = 0.0, seed: int = 0) -> Base:
+@functools.cache
+def make_base(dropout: float = 0.0) -> Base:
     model = Model(dropout)
 
     def apply(variables, tokens, attention_mask=None, *, dropout_key=None):
+        del attention_mask  # no token sees another
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         return model.apply(variables, tokens, dropout_key is None, rngs=rngs)
 
-    return Base(apply, model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(0, 0.5, shape).astype(np.float32))  # noqa: E731
+    params = {
+        "embed": {"embedding": draw(VOCAB, WIDTH)},
+        "up": {"kernel": draw(WIDTH, 2 * WIDTH), "bias": draw(2 * WIDTH)},
+        "down": {"kernel": draw(2 * WIDTH, VOCAB), "bias": draw(VOCAB)},
+    }
+    return Base(apply, {"params": params})
 
 
 def make_records(count: int, seed: int = 0) -> list[Record]:
