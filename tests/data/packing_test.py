@@ -40,6 +40,15 @@ def test_perfect_fit_is_found():
     assert len(rows) == 5 and packing.fill(lengths, rows, 10) == 1.0
 
 
+def test_long_examples_come_first():
+    # In any order that lets two 4s meet, a 6 is left alone.
+    assert len(packing.plan([4, 6] * 20, 10)) == 20
+
+
+def test_the_fullest_row_that_fits_is_taken():
+    assert packing.plan([7, 6, 3, 1], 10) == ((0, 2), (1, 3))
+
+
 def test_seed_orders_examples_of_equal_length():
     assert packing.plan([5] * 20, 10, 0) != packing.plan([5] * 20, 10, 1)
     assert packing.fingerprint(packing.plan([5] * 20, 10, 0)) != packing.fingerprint(packing.plan([5] * 20, 10, 1))

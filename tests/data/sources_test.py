@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lora_jax import data
+from lora_jax.data import records
 from lora_jax.errors import UserError
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(40)]
@@ -122,6 +123,21 @@ def test_fields_are_renamed(folder):
         data.load(folder, {"text": "sentense"})
 
 
+def test_a_field_that_is_mapped_to_an_absent_one_is_absent(folder):
+    jsonl(folder / "dev.jsonl", [{"text": "the wrong one"}])
+    splits = data.load(folder, {"text": "label"})
+    assert splits["train"][0].values["text"] == "a" and "text" not in splits["dev"][0].values
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    (tmp_path / "train.csv").write_bytes(b"\xef\xbb\xbftext,label\na,b\n")
+    assert data.load(tmp_path, need=("train",))["train"][0].values == {"text": "a", "label": "b"}
+
+
+def test_order_of_fields_is_no_part_of_a_record():
+    assert records.digest({"a": 1, "b": 2}) == records.digest({"b": 2, "a": 1}) != records.digest({"a": 2, "b": 1})
+
+
 def test_fingerprint_is_of_the_content(folder):
     first = data.load(folder).fingerprint
     assert first == data.load(folder, seed=3).fingerprint
@@ -185,7 +201,7 @@ def test_a_folder_without_splits_lists_what_it_holds(tmp_path):
 def test_relative_path_is_no_hub_id(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     for path in (f"./{folder.name}x", f"{folder.name}/sst2", "./x", "trian.jsonl"):
-        with pytest.raises(UserError, match="there is no"):
+        with pytest.raises(UserError, match="^there is no"):
             data.load(path)
 
 
