@@ -56,7 +56,7 @@ def generate(
       UserError: an empty prompt, a token outside the vocabulary, an option out of range, an encoder.
     """
     _check(base, prompts, max_new_tokens, temperature, top_p, batch_size)
-    ends = np.asarray(base.eos_ids if eos_ids is None else eos_ids, np.int32).reshape(-1)
+    ends = _ends(base.eos_ids if eos_ids is None else eos_ids)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     run = functools.partial(
         _generate,
@@ -65,14 +65,12 @@ def generate(
         room=_rounded(max_new_tokens),
         draw=temperature > 0,
     )
-    options = {"limit": max_new_tokens, "temperature": temperature or 1.0, "top_p": top_p}
+    options = {"limit": max_new_tokens, "temperature": temperature or 1.0, "top_p": top_p, "seed": jax.random.key(seed)}
     out: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         tokens, mask, rows = _batch([prompts[i] for i in chosen], chosen)
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows)
-        done = np.arange(len(rows)) >= len(chosen)
-        new, lengths = jax.device_get(run(variables, tokens, mask, keys, done, ends, options))
+        new, lengths = jax.device_get(run(variables, tokens, mask, rows, ends, options))
         for row, i in enumerate(chosen):
             out[i] = new[row, : lengths[row]].tolist()
     return out
@@ -95,9 +93,9 @@ def _check(base, prompts, max_new_tokens, temperature, top_p, batch_size) -> Non
             raise UserError(f"prompt {i} has a token outside the vocabulary of {base.config.vocab_size}")
 
 
-def _rounded(size: int, smallest: int = _SMALLEST) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: two sizes per octave waste a quarter at most on average."""
-    power = smallest
+def _rounded(size: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ...: two sizes per octave, so that at most a third is padding."""
+    power = _SMALLEST
     while power < size:
         if power * 3 // 2 >= size:
             return power * 3 // 2
@@ -105,13 +103,20 @@ def _rounded(size: int, smallest: int = _SMALLEST) -> int:
     return power
 
 
+def _ends(eos_ids: Sequence[int]) -> np.ndarray:
+    """End tokens, filled up with -1 (which is no token) so that their number is rarely part of the program."""
+    ends = np.full(4 * max(1, -(-len(eos_ids) // 4)), -1, np.int32)
+    ends[: len(eos_ids)] = eos_ids
+    return ends
+
+
 def _batch(prompts: Sequence[Sequence[int]], places: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Left-padded tokens (B, P) and mask (B, P), and each row's place in the caller's list (B,)."""
-    count = _rounded(len(prompts), smallest=1)
+    """Left-padded tokens (B, P), mask (B, P), and each row's place in the caller's list (B,), -1 where there is none."""
+    count = 1 << (len(prompts) - 1).bit_length()
     length = _rounded(max(len(p) for p in prompts))
     tokens = np.zeros((count, length), np.int32)
     mask = np.zeros((count, length), bool)
-    rows = np.zeros(count, np.int32)
+    rows = np.full(count, -1, np.int32)
     for i, prompt in enumerate(prompts):
         tokens[i, length - len(prompt) :] = prompt
         mask[i, length - len(prompt) :] = True
@@ -126,7 +131,7 @@ def _cache_maker(family, config, dtype) -> Callable:
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "init_cache", "room", "draw"))
-def _generate(variables, tokens_BxP, mask_BxP, keys_B, done_B, ends_E, options, *, apply, init_cache, room, draw):
+def _generate(variables, tokens_BxP, mask_BxP, rows_B, ends_E, options, *, apply, init_cache, room, draw):
     """Reads the prompts, then writes one token per turn.
 
     Returns:
@@ -136,6 +141,7 @@ def _generate(variables, tokens_BxP, mask_BxP, keys_B, done_B, ends_E, options, 
     cache = init_cache(batch, prompt + room)
     last = jnp.full((batch, 1), prompt - 1, jnp.int32)
     logits, cache = apply(variables, tokens_BxP, mask_BxP, cache=cache, pool_at=last)
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(options["seed"], row))(rows_B)
     choose = functools.partial(_choose, keys_B=keys_B, options=options, draw=draw)
 
     def record(step, token_B, done_B, lengths_B, new):
@@ -154,7 +160,7 @@ def _generate(variables, tokens_BxP, mask_BxP, keys_B, done_B, ends_E, options, 
 
     token_B = choose(logits[:, -1], 0)
     nothing = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, room), jnp.int32)
-    done_B, lengths_B, new = record(0, token_B, done_B, *nothing)
+    done_B, lengths_B, new = record(0, token_B, rows_B < 0, *nothing)  # a row of no prompt is done at once
     state = (jnp.int32(1), token_B, done_B, lengths_B, new, cache)
     _, _, _, lengths_B, new, _ = jax.lax.while_loop(more, turn, state)
     return new, lengths_B

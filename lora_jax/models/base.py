@@ -19,7 +19,7 @@ from lora_jax.models import options, registry
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-BLOCK = 1 << 16
+BLOCK = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
