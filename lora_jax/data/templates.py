@@ -143,7 +143,7 @@ def messages(record: Record, prompt_only: bool = False) -> Messages:
 
     Args:
       record: with `messages`, or `prompt` and `completion`.
-      prompt_only: the completion may be absent: a prompt to be answered has none.
+      prompt_only: the completion may be absent, for a prompt to be answered has none: an empty turn stands for it.
 
     Raises:
       UserError: not a list of {"role", "content"}, or no assistant turn.
@@ -162,6 +162,8 @@ def messages(record: Record, prompt_only: bool = False) -> Messages:
                 f"got {str(turn)[:60]}"
             )
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+    if last is None and prompt_only and turns:
+        return [*(dict(turn) for turn in turns), {"role": "assistant", "content": ""}]
     if last is None:
         roles = ", ".join(turn["role"] for turn in turns) or "none"
         raise UserError(f"{record.where} has no assistant turn to learn from (its roles: {roles})")

@@ -200,6 +200,14 @@ def test_a_prompt_needs_no_completion(decoder_tokenizer):
         assert "hello" in decoder_tokenizer.decode(task.prompt(Record({"prompt": "hello"})))
 
 
+def test_a_conversation_to_be_answered_has_no_assistant_turn(decoder_tokenizer):
+    for template in ("chat", "simple"):
+        task, (record,) = make(decoder_tokenizer, {"messages": TURNS[:2]}, template=template)
+        assert task.prompt(Record({"messages": TURNS[:1]})) == task.prompt(record)
+    with pytest.raises(UserError, match="has no assistant turn"):
+        task.prompt(Record({"messages": []}))
+
+
 def test_score(decoder_tokenizer):
     task, _ = make(decoder_tokenizer)
     texts = ["the cat sat on the mat", " a dog ran home today "]
