@@ -111,7 +111,7 @@ def _ends(eos_ids: Sequence[int]) -> np.ndarray:
 
 
 def _batch(prompts: Sequence[Sequence[int]], places: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Left-padded tokens (B, P), mask (B, P), and each row's place in the caller's list (B,), -1 where there is none."""
+    """Left-padded tokens (B, P), mask (B, P), each row's place in the caller's list (B,), -1 where there is none."""
     count = 1 << (len(prompts) - 1).bit_length()
     length = _rounded(max(len(p) for p in prompts))
     tokens = np.zeros((count, length), np.int32)

@@ -255,7 +255,7 @@ def tensors(config: Config, num_labels: int | None) -> dict[str, Tensor]:
 
 
 def _layer_tensors(ours: str, theirs: str) -> dict[str, Tensor]:
-    out = {}
+    out: dict[str, Tensor] = {}
     for name in ("query", "key", "value"):
         out |= _dense(f"{ours}/attention/{name}", f"{theirs}.attention.self.{name}")
     out |= _dense(f"{ours}/attention/output", f"{theirs}.attention.output.dense")

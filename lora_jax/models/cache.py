@@ -12,14 +12,14 @@ class Cache(NamedTuple):
     Attributes:
       keys, values: per layer (B, K, S, D).
       valid: (B, S) bool, the slots that hold real tokens.
-      index: int32 scalar, the next slot to write.
+      filled: int32 scalar, slots written so far: the next one to write.
       seen: (B,) int32, real tokens so far: the position of the next one.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     valid: jax.Array
-    index: jax.Array
+    filled: jax.Array
     seen: jax.Array
 
 
@@ -30,21 +30,21 @@ def empty(layers: int, batch: int, heads: int, length: int, head_dim: int, dtype
         keys=zeros,
         values=zeros,
         valid=jnp.zeros((batch, length), bool),
-        index=jnp.zeros((), jnp.int32),
+        filled=jnp.zeros((), jnp.int32),
         seen=jnp.zeros((batch,), jnp.int32),
     )
 
 
 def admit(cache: Cache, mask_BxT: jax.Array) -> tuple[Cache, jax.Array]:
-    """Makes room for T new tokens: marks their slots, advances the index, returns their positions (B, T).
+    """Makes room for T new tokens: marks their slots, advances `filled`, returns their positions (B, T).
 
-    `index` of the result points past the new tokens; their keys are written at `index - T`.
+    `filled` of the result counts the new tokens too; their keys are written from `filled - T` on.
     """
     real = mask_BxT.astype(jnp.int32)
     positions = jnp.maximum(cache.seen[:, None] + jnp.cumsum(real, axis=1) - 1, 0)
-    valid = jax.lax.dynamic_update_slice(cache.valid, real.astype(bool), (0, cache.index))
+    valid = jax.lax.dynamic_update_slice(cache.valid, real.astype(bool), (0, cache.filled))
     seen = cache.seen + jnp.sum(real, axis=1)
-    return cache._replace(valid=valid, index=cache.index + mask_BxT.shape[1], seen=seen), positions
+    return cache._replace(valid=valid, filled=cache.filled + mask_BxT.shape[1], seen=seen), positions
 
 
 def write(store_BxKxSxD: jax.Array, new_BxKxTxD: jax.Array, start: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from lora_jax.errors import UserError, did_you_mean
 @functools.cache
 def families() -> dict[str, ModuleType]:
     """Returns `{model_type: family module}`, found by listing the folder."""
-    out = {}
+    out: dict[str, ModuleType] = {}
     for info in sorted(pkgutil.iter_modules(lora_jax.models.__path__), key=lambda i: i.name):
         module = importlib.import_module(f"lora_jax.models.{info.name}")
         for model_type in getattr(module, "MODEL_TYPES", ()):
