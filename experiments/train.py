@@ -19,8 +19,7 @@ def main() -> None:
     folder = workdir.path()
     cfg = launch.config()
     config = config_lib.resolve(cfg, launch.overrides())
-    if (folder / workdir.CONFIG).exists():
-        workdir.claim(folder, cfg)
+    workdir.check(folder, cfg)
     shown.banner(folder)
     parts = assemble(config)
     start = init_delta(parts.base, parts.adapter, config.seed)

@@ -12,6 +12,7 @@ from lora_jax import records
 from lora_jax.errors import UserError, nearest
 
 CONFIG = "config.json"
+MANIFEST = "manifest.json"
 SUMMARY = "summary.json"
 ADAPTER = "adapter"
 # What may change between two starts of one run: what is shown and kept, not what is computed.
@@ -34,14 +35,20 @@ def path() -> Path:
     return Path(given)
 
 
+def check(folder: Path, cfg: ConfigDict) -> None:
+    """Raises UserError if the directory belongs to another config; the message has the fields that differ."""
+    # The manifest is written when training begins: a start that failed before that has claimed nothing.
+    if (folder / CONFIG).exists() and (folder / MANIFEST).exists():
+        _same(folder, _load(folder), cfg, SHOWN, "Give another --workdir, or the config that this run was started with")
+
+
 def claim(folder: Path, cfg: ConfigDict) -> None:
-    """Writes config.json, or checks that the one there is of this run.
+    """Writes config.json of a run that has none yet.
 
     Raises:
-      UserError: the directory belongs to another config; the message has the fields that differ.
+      UserError: the directory cannot be written.
     """
-    if (folder / CONFIG).exists():
-        _same(folder, _load(folder), cfg, SHOWN, "Give another --workdir, or the config that this run was started with")
+    if (folder / CONFIG).exists() and (folder / MANIFEST).exists():
         return
     try:
         records.write_json(folder / CONFIG, cfg.to_dict())

@@ -39,7 +39,8 @@ def assemble(config: Config, *, need: tuple[str, ...] = ("train", "dev")) -> Par
       UserError: whatever the user can mend: a file, a field, a label, a pattern, a device count.
     """
     mesh = make_mesh(config)
-    splits = data.load(data_path(config), fields=config.data.fields, limit=config.data.limit, need=need)
+    sharding.check_batch(mesh, config.train.batch_size, accumulate=config.train.accumulate)
+    splits = load_data(config, need)
     tokenizer = files.load_tokenizer(files.find(model_path(config)))
     make = tasks.get(config.task.name)
     task = make(tokenizer=tokenizer, max_length=config.data.max_length, splits=splits, **config.task.options)
@@ -61,6 +62,17 @@ def model_path(config: Config) -> str:
 def data_path(config: Config) -> str:
     """The data's path or hub id; the embedded second domain if the config names none."""
     return config.data.path or str(tiny.data_path())
+
+
+def load_data(config: Config, need: tuple[str, ...]) -> data.Splits:
+    """The splits; a mistake in them names the path that was given."""
+    path = data_path(config)
+    try:
+        return data.load(path, fields=config.data.fields, limit=config.data.limit, need=need)
+    except UserError as error:
+        if path in str(error):
+            raise
+        raise UserError(f"data.path={path}: {error}") from None
 
 
 def load_base(config: Config, num_labels: int | None = None) -> models.Base:

@@ -1,0 +1,53 @@
+"""Which sites train: the method's, and the task's head beside it."""
+
+import jax
+import pytest
+
+from lora_jax import adapters, assemble, config
+from lora_jax.models import from_config
+from tests import commands
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return from_config(commands.DECODER, num_labels=2)
+
+
+def chosen(base, **section) -> dict[str, str]:
+    """{path: class of its entry} of the adapter that a config's section `adapter` asks for."""
+    cfg = config.default()
+    for name, value in section.items():
+        cfg.adapter[name] = value
+    adapter = assemble.make_adapter(config.resolve(cfg), base)
+    delta = adapter.init(jax.random.key(0), base.variables, base.sites)
+    return {path: type(one).__name__ for path, one in delta.items()}
+
+
+def test_head_trains_beside_lora(classifier):
+    got = chosen(classifier, targets="q")
+    assert got == {f"layers_{i}/self_attn/q_proj/kernel": "LoRA" for i in range(2)} | {"score/kernel": "Full"}
+
+
+def test_head_none_leaves_it(classifier):
+    assert "score/kernel" not in chosen(classifier, targets="q", head="none")
+
+
+def test_a_method_that_takes_the_head_keeps_it(classifier):
+    assert chosen(classifier, targets="q,head", rank=2)["score/kernel"] == "LoRA"
+    assert chosen(classifier, method="head") == {"score/kernel": "Full"}
+    assert set(chosen(classifier, method="full")) == set(classifier.sites)
+
+
+def test_no_head_where_the_task_has_none():
+    decoder = from_config(commands.DECODER)
+    assert set(chosen(decoder, targets="q")) == {f"layers_{i}/self_attn/q_proj/kernel" for i in range(2)}
+
+
+def test_targets_written_as_one_string_are_several(classifier):
+    assert len(chosen(classifier, targets="q, v")) == len(chosen(classifier, targets=["q", "v"])) == 5
+
+
+@pytest.mark.parametrize("name", adapters.methods())
+def test_every_method_can_be_chosen_by_name(classifier, name):
+    if name != "chain":
+        assert chosen(classifier, method=name)
