@@ -150,6 +150,7 @@ def test_fingerprint_changes_with_all_that_changes_a_batch():
 
     changed = [print_of(), print_of((5, 6, 8)), print_of(batch_size=3), print_of(seed=1), print_of(buckets=[16])]
     changed += [print_of(packing=True), print_of(packing=True, max_length=18)]
+    changed += [print_of(packing=True, max_length=32, buckets=[32], max_segments=n) for n in (2, 3)]
     assert len(set(changed)) == len(changed)
     examples = lm((5, 6, 7))
     examples[1]["targets"][0] += 1
