@@ -56,6 +56,8 @@ def parse(argv: list[str], base: Callable[[], ConfigDict] = config_lib.default) 
         plain = [a for i, a in enumerate(rest) if not _OVERRIDE.fullmatch(a)]
         flags.FLAGS(plain, known_only=True)
         cfg = load(spec) if spec is not None else base()
+        for name in flags.FLAGS:  # a flag that may be given several times would otherwise hold all values twice
+            flags.FLAGS[name].unparse()
         for argument in rest:
             if found := _OVERRIDE.fullmatch(argument):
                 _check_override(found.group(1))
