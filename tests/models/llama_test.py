@@ -187,3 +187,16 @@ def test_config_round_trip(kind):
     config = from_config(raw | {"max_window_layers": 1} if kind == "qwen2" else raw).config
     assert type(config).from_hf(config.to_hf()) == config
     assert from_config(config).config == config
+
+
+def test_windows_follow_each_family():
+    """Mistral slides unless config.json says null, Qwen2 only where it says so, Llama never."""
+
+    def windows(kind, **change):
+        return from_config(oracle.DECODER | {"model_type": kind} | change).config.windows
+
+    assert windows("mistral") == (4096, 4096) and windows("mistral", sliding_window=None) == (None, None)
+    assert windows("qwen2", sliding_window=8) == windows("qwen2", use_sliding_window=True) == (None, None)
+    assert windows("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1) == (None, 8)
+    kinds = ["sliding_attention", "full_attention"]
+    assert windows("qwen2", use_sliding_window=True, sliding_window=8, layer_types=kinds) == (8, None)
