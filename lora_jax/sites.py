@@ -131,11 +131,14 @@ def select(sites: Sites, targets: str | Sequence[str] | None, default: Sequence[
       default: paths that the method takes by itself.
 
     Raises:
-      UserError: a pattern matches nothing.
+      UserError: no pattern, or one that matches nothing.
     """
     if targets is None:
         return list(default)
-    chosen = {path for pattern in parse_patterns(targets) for path in _hits(pattern, sites)}
+    patterns = parse_patterns(targets)
+    if not patterns:
+        raise UserError(f"targets={targets!r} holds no pattern; leave it out for the method's own default")
+    chosen = {path for pattern in patterns for path in _hits(pattern, sites)}
     return [path for path in sites if path in chosen]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Tree = Any
@@ -32,7 +33,9 @@ def _path(keypath: tuple, has_collection: bool) -> str | None:
             return None
         keypath = keypath[1:]
     # A box (nnx.Variable, nn.LogicallyPartitioned) is a node with one attribute; it is not part of the path.
-    return "/".join(_name(k) for k in keypath if k != jax.tree_util.GetAttrKey("value"))
+    if keypath and keypath[-1] == jax.tree_util.GetAttrKey("value"):
+        keypath = keypath[:-1]
+    return "/".join(_name(k) for k in keypath)
 
 
 def _leaves(tree: Tree, is_leaf: Callable | None = None):
@@ -46,17 +49,18 @@ def flatten(tree: Tree, is_leaf: Callable | None = None) -> dict[str, Any]:
     return {path: leaf for path, leaf in _leaves(tree, is_leaf)[0] if path is not None}
 
 
-def replace(tree: Tree, new: Mapping[str, Any]) -> Tree:
+def replace(tree: Tree, new: Mapping[str, Any], is_leaf: Callable | None = None) -> Tree:
     """Returns the tree with some leaves replaced.
 
     Args:
       tree: any tree of parameters; not changed.
       new: `{path: value}`; a value may be an array or a whole node (an adapted weight).
+      is_leaf: says which nodes of the tree are one leaf (adapted weights that are already there).
 
     Raises:
       KeyError: a path that the tree does not have.
     """
-    pairs, treedef = _leaves(tree)
+    pairs, treedef = _leaves(tree, is_leaf)
     missing = set(new) - {path for path, _ in pairs}
     if missing:
         raise KeyError(f"the tree has no {sorted(missing)[:3]}")
@@ -91,6 +95,9 @@ def fold_path(key: jax.Array, path: str) -> jax.Array:
 
 def leaf_hash(leaf: Any) -> str:
     """sha256 over dtype, shape and bytes of one array."""
+    # An NNX state holds its random keys too.
+    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
     array = np.ascontiguousarray(np.asarray(leaf))
     digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
     digest.update(array.view(np.uint8).data if array.size else b"")

@@ -22,7 +22,7 @@ import numpy as np
 
 from lora_jax import trees
 from lora_jax.errors import UserError, nearest
-from lora_jax.lift.weight import AdaptedWeight, Axes
+from lora_jax.lift.weight import AdaptedWeight, Axes, is_adapted
 from lora_jax.sites import Site, Sites
 
 Delta = dict[str, Any]
@@ -98,7 +98,8 @@ def per_site(
         return {p: make(trees.fold_path(key, p), leaves[p], sites[p], option) for p, option in chosen.items()}
 
     def place(variables, delta, key, scale):
-        leaves = trees.flatten(variables, is_leaf=lambda x: isinstance(x, AdaptedWeight))
+        key = typed_key(key)
+        leaves = trees.flatten(variables, is_leaf=is_adapted)
         check_paths(delta, leaves)
         new = {}
         for path, one in delta.items():
@@ -109,18 +110,25 @@ def per_site(
         return new
 
     def bind(variables, delta, *, key=None, scale=None):
-        return trees.replace(variables, place(variables, delta, key, scale))
+        return trees.replace(variables, place(variables, delta, key, scale), is_leaf=is_adapted)
 
     def merge(variables, delta):
         placed = place(variables, delta, None, None)
         dense = {p: w.dense() if isinstance(w, AdaptedWeight) else w for p, w in placed.items()}
-        return trees.replace(variables, dense)
+        return trees.replace(variables, dense, is_leaf=is_adapted)
 
     def mask(delta):
         all_true = lambda one: jax.tree_util.tree_map(lambda _: True, one)  # noqa: E731
         return {path: (trainable or all_true)(one) for path, one in delta.items()}
 
     return Adapter(init, bind, merge, mask, spec)
+
+
+def typed_key(key: Any) -> Any:
+    """A key as of `jax.random.key` for either kind; one of `PRNGKey` has an axis that no layout knows."""
+    if key is None or jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)
 
 
 def check_paths(paths: Any, leaves: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ def chain(*adapters: Adapter) -> Adapter:
     """
     if not adapters:
         raise UserError("chain() needs at least one adapter")
+    names = {str(i) for i in range(len(adapters))}
     spec = {"method": "chain", "adapters": [a.spec for a in adapters]}
 
     def init(key, variables, sites, *, batch=None):
@@ -37,6 +38,8 @@ def chain(*adapters: Adapter) -> Adapter:
         own = {}
         for path, one in delta.items():
             head, _, rest = one.member.partition(".")
+            if head not in names:  # it would be left out in silence
+                raise UserError(f"the delta at {path!r} (member {one.member!r}) is not of this chain of {len(adapters)}")
             if head == str(i):
                 own[path] = dataclasses.replace(one, member=rest)
         return own

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from lora_jax.adapters.base import Adapter, Entry, entry, json_ready, per_site
+from lora_jax.errors import UserError
 from lora_jax.lift.weight import AdaptedWeight, Axes
-from lora_jax.sites import Sites, in_layers, select
+from lora_jax.sites import in_layers, select
 
 
 @entry(meta=("kept", "layer_axis"))
@@ -57,17 +58,20 @@ def in_place(spec: dict, choose: Any) -> Adapter:
         return Full(value=value, axes=Axes.of(site), kept=kept, layer_axis=axis)
 
     def weight(base, one, *, path, key, scale):
-        del path, key, scale
+        del key, scale
         if isinstance(base, AdaptedWeight):
             base = base.dense()
+        expected = list(base.shape)
+        if one.kept is not None:
+            expected[one.layer_axis] = len(one.kept)
+        if list(one.value.shape) != expected:
+            raise UserError(
+                f"the trained copy of shape {tuple(one.value.shape)} does not fit the weight {path!r} of shape "
+                f"{tuple(base.shape)}: was it made for another base?"
+            )
         if one.kept is None:
             return one.value.astype(base.dtype)
         where = (slice(None),) * one.layer_axis + (jnp.asarray(one.kept),)
         return base.at[where].set(one.value.astype(base.dtype))
 
     return per_site(spec, choose=choose, make=make, weight=weight)
-
-
-def everything_in(sites: Sites, targets: Any, layers: Any, default: list[str]) -> dict[str, tuple[bool, ...]]:
-    """Selection shared by the methods that train weights in place."""
-    return in_layers(sites, select(sites, targets, default), layers)

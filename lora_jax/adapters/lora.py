@@ -155,7 +155,7 @@ def lora(
 
 def default_targets(sites: Sites) -> list[str]:
     """Every matrix except embeddings and a task head."""
-    return [p for p, s in sites.items() if s.is_matrix and s.uses[0] != "embedding" and s.role != "head"]
+    return [p for p, s in sites.items() if s.is_matrix and "embedding" not in s.uses and s.role != "head"]
 
 
 def _check_options(dropout: float, scaling: str, init: str) -> None:
@@ -168,6 +168,11 @@ def _check_options(dropout: float, scaling: str, init: str) -> None:
 
 def _ranks_and_scales(sites: Sites, flags, rank, alpha, scaling):
     paths = list(flags)
+    if not paths:
+        raise UserError(
+            f"lora finds nothing to adapt by itself: no product and no convolution uses any of the {len(sites)} weights "
+            "(embeddings and a head do not count). Give targets"
+        )
     not_matrix = [p for p in paths if not sites[p].is_matrix]
     if not_matrix:
         raise UserError(
@@ -218,11 +223,12 @@ def _make(key: jax.Array, site: Site, ranks: list[int], scales: list[float], ini
     elif init == "a_zero":
         b = draw(key_b, batch, r, _uniform(math.prod(fan_out)), fan_out)
     elif init == "gaussian":
-        a = draw(key_a, batch, r, jax.random.normal, fan_in) / r
+        a = draw(key_a, batch, r, jax.random.normal, fan_in)
+        a = a / np.maximum(own, 1).astype(np.float32).reshape(own.shape + (1,) * (a.ndim - own.ndim))
     else:
         a = draw(key_a, batch, r, _uniform(math.prod(fan_in)), fan_in)
-    live = jnp.arange(r) < jnp.asarray(own)[..., None]  # (*batch, r): beyond a layer's own rank both factors are zero
-    a, b = (f * live.reshape(live.shape + (1,) * (f.ndim - live.ndim)) for f in (a, b))
+    live = np.arange(r) < own[..., None]  # (*batch, r): beyond a layer's own rank both factors are zero
+    a, b = (jnp.where(live.reshape(live.shape + (1,) * (f.ndim - live.ndim)), f, 0) for f in (a, b))
     flat = tuple(int(n) for n in own.reshape(-1)), tuple(float(s) for s in per_batch(scales, site).reshape(-1))
     return LoRA(a=jnp.moveaxis(a, len(batch), -1), b=b, axes=Axes.of(site), ranks=flat[0], scales=flat[1])
 

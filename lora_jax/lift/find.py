@@ -7,6 +7,7 @@ square matrix is as clear as any other.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import trees
+from lora_jax.errors import UserError
 from lora_jax.lift.interpret import Interpreter
 from lora_jax.lift.trace import Call
 from lora_jax.lift.weight import AdaptedWeight, Axes, NotStructural, register, regroup
@@ -34,13 +36,24 @@ class Record:
     biases: list[str] = dataclasses.field(default_factory=list)
     bias_of: list[str] = dataclasses.field(default_factory=list)
 
-    def use(self, name: str, eqn: Any) -> bool:
-        """Counts one use once, however often its equation is traced; True if it is new."""
-        new = id(eqn) not in self.seen
-        self.seen.add(id(eqn))
+    def use(self, name: str) -> bool:
+        """Counts one use once, however often its equation is traced; True if it is new.
+
+        The equations around it belong to its identity: JAX hands out one jaxpr for two calls of a jitted function.
+        """
+        where = tuple(map(id, _current)) or name
+        new = where not in self.seen
+        self.seen.add(where)
         if new:
             self.uses.append(name)
         return new
+
+    def stack(self, gone: Sequence[tuple[int, bool]]) -> int | None:
+        """The axis that counts layers: one that a scan walks; one that is indexed, unless the path names the layer."""
+        scanned = [axis for axis, by_scan in gone if by_scan]
+        if scanned or layer_index(self.path) is not None:
+            return scanned[0] if scanned else None
+        return gone[0][0] if gone else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +63,7 @@ class Probe(AdaptedWeight):
     Attributes:
       record: where the findings go.
       origin: for each present axis the original axes it is made of (none for an axis of size one or a broadcast).
-      gone: original axes sliced away one by one (layers of a stack), with True if a scan did it.
+      gone: original axes that the weight was taken apart along (layers of a stack), with True if a scan did it.
     """
 
     record: Record
@@ -68,12 +81,15 @@ class Probe(AdaptedWeight):
 
     def reshape(self, shape):
         origin: list[tuple[int, ...]] = [()] * len(shape)
+        gone: list[tuple[int, bool]] = []
         for left, right in regroup(self.shape, shape):
             if len(left) > 1 and len(right) > 1:
                 raise NotStructural
             for r in right:
                 origin[r] = tuple(a for i in left for a in self.origin[i])
-        return self._moved(self.base.reshape(shape), origin)
+            if not right:  # an axis of size one goes: `w[i]` is a slice and this
+                gone += [(a, False) for a in self.origin[left[0]] if self.record.shape[a] > 1]
+        return self._moved(self.base.reshape(shape), origin, gone)
 
     def broadcast(self, shape, into):
         origin: list[tuple[int, ...]] = [()] * len(shape)
@@ -82,11 +98,7 @@ class Probe(AdaptedWeight):
         return self._moved(jax.lax.broadcast_in_dim(self.base, shape, into), origin)
 
     def slice(self, axis, start, size, stride=1):
-        base = self.base[(slice(None),) * axis + (slice(0, size),)]
-        if size != 1:
-            return self._moved(base, self.origin)
-        origin = [() if i == axis else o for i, o in enumerate(self.origin)]
-        return self._moved(base, origin, [(a, False) for a in self.origin[axis]])
+        return self._moved(self.base[(slice(None),) * axis + (slice(0, size),)], self.origin)
 
     def stacked(self):
         rest = self._moved(None, self.origin[1:], [(a, True) for a in self.origin[0]])
@@ -113,7 +125,7 @@ class Probe(AdaptedWeight):
 
     def product(self, name: str, contracted: Sequence[int], shared: Sequence[int]) -> None:
         """Notes a product; the first one sets the axes."""
-        if not self.record.use(name, _current[-1]) or self.record.axes is not None:
+        if not self.record.use(name) or self.record.axes is not None:
             return
         fan_in = {a for i in contracted for a in self.origin[i]}
         batch = {a for i in shared for a in self.origin[i]} | {a for a, _ in self.gone}
@@ -123,8 +135,7 @@ class Probe(AdaptedWeight):
         if fan_in & batch or fan_in & fan_out or batch & fan_out:
             return  # one original axis plays two parts: no method can act on it, so it is no matrix
         self.record.axes = Axes(tuple(sorted(batch)), tuple(sorted(fan_in)), tuple(sorted(fan_out)))
-        stacks = [a for a, _ in self.gone]
-        self.record.layer_axis = stacks[0] if stacks else None
+        self.record.layer_axis = self.record.stack(self.gone)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,33 +172,36 @@ class Finder(Interpreter):
     def equation(self, eqn, operands, debug_info, stack):
         _current.append(eqn)
         try:
-            if eqn.primitive.name in ("add", "add_any") and self.is_bias(eqn, operands):
+            if eqn.primitive.name in ("add", "add_any") and self.is_bias(operands):
                 operands = [v.base if isinstance(v, AdaptedWeight) else v for v in operands]
             # Only structural operations keep a product a product.
             if eqn.primitive.name not in ("convert_element_type", "transpose", "reshape"):
                 operands = [v.base if isinstance(v, Product) else v for v in operands]
+            if eqn.primitive.name == "dot_general" and all(isinstance(v, Probe) for v in operands):
+                # Learned queries times a weight: as in `x @ w`, the right operand is the weight.
+                operands = [self.dense(operands[0], eqn.primitive.name, stack), operands[1]]
             return super().equation(eqn, operands, debug_info, stack)
         finally:
             _current.pop()
 
-    def is_bias(self, eqn: Any, operands: list[Any]) -> bool:
+    def is_bias(self, operands: list[Any]) -> bool:
         """Notes `product + vector`, where the vector is a whole weight."""
         product = next((v for v in operands if isinstance(v, Product)), None)
         vector = next((v for v in operands if isinstance(v, Probe)), None)
         if product is None or vector is None:
             return False
-        if vector.record.use("bias", eqn):
+        if vector.record.use("bias"):
             product.record.biases.append(vector.path)
             vector.record.bias_of.append(product.path)
-            if vector.record.layer_axis is None and vector.gone:
-                vector.record.layer_axis = vector.gone[0][0]
+            if vector.record.layer_axis is None:
+                vector.record.layer_axis = vector.record.stack(vector.gone)
         return True
 
     def dense(self, value, primitive, stack):
         if isinstance(value, Probe):
-            value.record.use("elementwise", _current[-1] if _current else primitive)
-            if value.gone and value.record.layer_axis is None and value.record.axes is None:
-                value.record.layer_axis = value.gone[0][0]
+            value.record.use("elementwise")
+            if value.record.layer_axis is None and value.record.axes is None:
+                value.record.layer_axis = value.record.stack(value.gone)
         return value.base if isinstance(value, AdaptedWeight) else value
 
 
@@ -203,6 +217,9 @@ def find_sites(function: Callable, variables: Any, *args: Any, **kwargs: Any) ->
     Returns:
       `{path: Site}` for every floating-point weight, in the order of the tree. A weight that no product uses
       (a bias, a norm's scale, or one the function does not touch) has empty `fan_in`.
+
+    Raises:
+      UserError: the variables hold no floating-point weights.
     """
     records = {
         path: Record(path, tuple(leaf.shape), leaf.dtype)
@@ -210,7 +227,10 @@ def find_sites(function: Callable, variables: Any, *args: Any, **kwargs: Any) ->
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     }
     if not records:
-        raise ValueError("find_sites: the first argument after the function has no floating-point weights")
+        raise UserError(
+            "find_sites: the variables (the argument after the function) hold no floating-point weights; "
+            f"expected {{'params': ...}}, a tree of weights or an NNX state, got {type(variables).__name__}"
+        )
     leaves = trees.flatten(variables)
     probes = {p: _probe(r, leaves[p]) for p, r in records.items()}
     call = Call((trees.replace(variables, probes), *args), kwargs)
@@ -232,8 +252,13 @@ def _probe(record: Record, leaf: Any) -> Probe:
 
 def _site(record: Record, records: dict[str, Record]) -> Site:
     axes = record.axes or Axes()
-    own = [b for b in record.biases if records[b].uses == ["bias"] and set(records[b].bias_of) == {record.path}]
     batch = axes.batch or (() if record.layer_axis is None else (record.layer_axis,))
+    out = math.prod(record.shape[a] for a in (*axes.batch, *axes.fan_out))
+    # A bias runs along the outputs alone: a table of positions added to a product is none.
+    own = [
+        b for b in dict.fromkeys(record.biases)
+        if records[b].uses == ["bias"] and records[b].bias_of == [record.path] and math.prod(records[b].shape) == out
+    ]  # fmt: skip
     return Site(
         path=record.path, shape=record.shape, dtype=record.dtype,
         batch=batch, fan_in=axes.fan_in, fan_out=axes.fan_out,

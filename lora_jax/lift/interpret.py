@@ -70,9 +70,9 @@ class Interpreter:
             env.update((v, out) for v, out in zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def run_dense(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], stack: str) -> list[jax.Array]:
-        """Like `run`, for bodies of control flow, whose outputs must be arrays."""
-        return [self.dense(x, "the output of control flow", stack) for x in self.run(jaxpr, consts, args, stack)]
+    def run_dense(self, jaxpr: Any, consts: Any, args: Any, stack: str, end: str = "the output of control flow") -> list:
+        """Like `run`, for bodies of control flow or a whole function (`end` says which): their outputs must be arrays."""
+        return [self.dense(x, end, stack) for x in self.run(jaxpr, consts, args, stack)]
 
     def equation(self, eqn: Any, operands: list[Any], debug_info: Any, stack: str) -> list[Any]:
         """Evaluates one equation."""

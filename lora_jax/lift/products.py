@@ -71,7 +71,9 @@ def flat_low_rank(x: Array, a: Array, b: Array, precision: Any = None) -> Array:
         return low_rank(x, a, b, precision)
     lead = x.shape[: x.ndim - (a.ndim - 1)]
     rank, out = b.shape[0], b.shape[1:]
-    y = low_rank(x.reshape(math.prod(lead), -1), a.reshape(-1, rank), b.reshape(rank, -1), precision)
+    # No -1 in the shapes: it cannot be told for an empty batch.
+    n_in, n_out = math.prod(a.shape[:-1]), math.prod(out)
+    y = low_rank(x.reshape(math.prod(lead), n_in), a.reshape(n_in, rank), b.reshape(rank, n_out), precision)
     return y.reshape(*lead, *out)
 
 
@@ -176,14 +178,14 @@ class Take:
         """The lookup in another weight of the same shape; indices are (*lead, 1)."""
         if isinstance(weight, AdaptedWeight):
             return weight.take(indices, self)
-        return self._gather(indices, weight, self.axis, self.offset_dims)
+        return self._gather(indices, weight, self.axis, self.offset_dims, self.fill_value)
 
-    def _gather(self, indices: Array, weight: Array, axis: int, offset_dims: tuple[int, ...]) -> Array:
+    def _gather(self, indices: Array, weight: Array, axis: int, offset_dims: tuple[int, ...], fill: Any) -> Array:
         sizes = tuple(1 if i == axis else n for i, n in enumerate(weight.shape))
         numbers = lax.GatherDimensionNumbers(offset_dims, collapsed_slice_dims=(axis,), start_index_map=(axis,))
         return lax.gather(
             weight, indices, numbers, sizes, indices_are_sorted=self.flags[0], unique_indices=self.flags[1],
-            mode=self.mode, fill_value=self.fill_value,
+            mode=self.mode, fill_value=fill,
         )  # fmt: skip
 
     def factored(self, indices: Array, a: Array, b: Array, axes: Axes, dtype: Any) -> Array:
@@ -197,7 +199,8 @@ class Take:
           dtype: of the result.
         """
         lead = indices.ndim - 1
-        rows = self._gather(indices, a, 0, (lead,)).astype(dtype)
+        # Out of bounds the base gives the fill value; a zero row adds nothing to it (None fills with NaN, as the base).
+        rows = self._gather(indices, a, 0, (lead,), None if self.fill_value is None else 0).astype(dtype)
         y = jnp.tensordot(rows, b.astype(dtype), axes=1)
         out = [lead + list(axes.fan_out).index(w) for w in sorted(axes.fan_out)]
         order = iter(range(lead))

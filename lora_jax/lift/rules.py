@@ -149,9 +149,14 @@ def _constrain(operands, params):
     return [weight.constrain(lambda w: jax.lax.with_sharding_constraint(w, params["sharding"]))]
 
 
+@rule("reduce_precision")
+def _reduce_precision(operands, params):
+    bits = params["exponent_bits"], params["mantissa_bits"]
+    return [operands[0].constrain(lambda w: jax.lax.reduce_precision(w, *bits))]
+
+
 @rule("copy")
 @rule("copy_p")
-@rule("reduce_precision")
 @rule("optimization_barrier")
 def _pass(operands, params):
     del params

@@ -79,7 +79,7 @@ class Trace:
 
         def evaluate(consts, traced):
             interpreter = Interpreter(on_dense)
-            outs = interpreter.run_dense(closed.jaxpr, consts, traced, "")
+            outs = interpreter.run_dense(closed.jaxpr, consts, traced, "", end="the function's output")
             if unused == "error":
                 check_used(traced, interpreter.used)
             return outs
