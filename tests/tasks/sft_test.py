@@ -76,8 +76,30 @@ def test_messages_learn_every_assistant_turn(decoder_tokenizer):
     assert decoder_tokenizer.decode(task.prompt(record)) == prompt
     assert whole(example)[: len(task.prompt(record))] == task.prompt(record)
     assert task.references(record) == ["You shall entreat me stay"]
-    trailing, rows = make(decoder_tokenizer, {"messages": [*TURNS, {"role": "user", "content": "bye"}]})
-    assert whole(trailing.encode(rows[0])) == whole(example)
+
+
+def test_turns_after_the_last_answer_are_left_out(decoder_tokenizer):
+    for template in ("chat", "simple"):
+        task, rows = make(
+            decoder_tokenizer,
+            {"messages": TURNS},
+            {"messages": [*TURNS, {"role": "user", "content": "bye"}]},
+            template=template,
+        )
+        assert whole(task.encode(rows[0])) == whole(task.encode(rows[1]))
+        assert task.prompt(rows[0]) == task.prompt(rows[1])
+        assert task.references(rows[0]) == task.references(rows[1])
+
+
+def test_a_chat_template_writes_the_beginning_itself(bos_tokenizer):
+    import copy
+
+    other = copy.deepcopy(bos_tokenizer)
+    other.chat_template = "<s>{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    task, (record,) = make(other, {"messages": TURNS})
+    ids = whole(task.encode(record))
+    assert ids.count(other.bos_token_id) == 1 and ids.count(other.eos_token_id) == 4
+    assert task.prompt(record).count(other.bos_token_id) == 1
 
 
 def test_built_in_chat(bos_tokenizer):
