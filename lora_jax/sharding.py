@@ -26,10 +26,13 @@ LOGICAL: dict[str, str | None] = {
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
-    "kv": "tensor",
+    "kv_heads": "tensor",
     "mlp": "tensor",
     "head_dim": None,
+    "labels": None,
     "layers": None,
+    "length": None,
+    "norm": None,
 }
 Rules = Sequence[tuple[str, Sequence[Any] | None]]
 Note = Callable[[str], None]

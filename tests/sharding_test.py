@@ -12,6 +12,7 @@ import lora_jax as lj
 from lora_jax import UserError, sharding
 from lora_jax.adapters import lora as lora_module
 from lora_jax.lift import Axes
+from lora_jax.models import registry
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,14 @@ def test_a_rule_with_another_number_of_axes_falls_back_and_says_so(mesh):
 def test_an_unknown_axis_is_an_error(mesh):
     with pytest.raises(UserError, match="names the axis 'embd'; did you mean 'embed'"):
         sharding.base_specs({"x": shape(4, 4)}, (("x", ("embd", None)),), mesh)
+
+
+@pytest.mark.parametrize("model_type", sorted(registry.families()))
+def test_every_axis_that_a_family_names_is_known(model_type, mesh):
+    rules = registry.get(model_type).sharding
+    assert rules
+    for _, axes in rules:
+        sharding.base_specs({"x": shape(*[4] * len(axes))}, [("x", axes)], mesh)
 
 
 def test_factors_inherit_the_axes_they_came_from(mesh):

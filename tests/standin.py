@@ -100,6 +100,13 @@ def _hits(outputs, batch):
     return tasks.weighted((jnp.argmax(outputs, -1) == batch["targets"]).astype(jnp.float32), batch["weights"])
 
 
+def _by_segment(values_BxT, batch):
+    """(B, S): the sum over each segment of a row."""
+    number = jnp.arange(1, batch["ids"].shape[1] + 1, dtype=jnp.int32)
+    inside_BxTxS = batch["segment_ids"][:, :, None] == number[None, None, :]
+    return jnp.sum(jnp.where(inside_BxTxS, values_BxT[:, :, None], 0.0), axis=1)
+
+
 def make_task() -> tasks.Task:
     return tasks.Task(
         name="standin",
@@ -113,7 +120,7 @@ def make_task() -> tasks.Task:
             "weight": jnp.sum(b["weights"]),
         },  # fmt: skip
         summary=lambda s: {"loss": tasks.ratio(s["nll"], s["weight"]), "accuracy": tasks.ratio(s["hits"], s["weight"])},
-        per_example=lambda o, b: {"loss": jnp.sum(_nll(o, b), axis=1, keepdims=True)},
+        per_example=lambda o, b: {"loss": _by_segment(_nll(o, b), b)},
         prediction=lambda record, values: {"tokens": record.values["tokens"], **values},
         preview=lambda example: str(example),
         better=("loss", "min"),
