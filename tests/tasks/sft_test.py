@@ -149,6 +149,8 @@ def test_bad_messages_are_named(decoder_tokenizer, messages, message):
 def test_a_fault_deep_in_the_data_is_found_at_once(decoder_tokenizer):
     with pytest.raises(UserError, match="train.jsonl line 2 has no assistant turn"):
         make(decoder_tokenizer, {"messages": TURNS}, {"messages": TURNS[:1]})
+    with pytest.raises(UserError, match="train.jsonl line 2 has no assistant turn"):
+        make(decoder_tokenizer, {"messages": TURNS}, {"messages": TURNS[:1], "references": "x"})
     good = {"prompt": "a", "completion": "b"}
     with pytest.raises(UserError, match=r"train.jsonl line 2 has no field 'completion'; did you mean 'complete'"):
         make(decoder_tokenizer, good, {"prompt": "a", "complete": "b"})
