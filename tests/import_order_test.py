@@ -112,7 +112,8 @@ def test_siblings_do_not_import_each_other(folder):
             parts = target.split(".")
             if parts[:2] == ["lora_jax", folder]:
                 sibling = parts[2] if len(parts) > 2 else "__init__"
-                assert sibling in SHARED[folder], f"{name(file)} imports its sibling {sibling}"
+                own_part = sibling.startswith(file.stem + "_")  # llama and llama_config are one idea in two files
+                assert own_part or sibling in SHARED[folder], f"{name(file)} imports its sibling {sibling}"
 
 
 def test_no_config_is_read_with_a_default():
