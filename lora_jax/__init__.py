@@ -31,7 +31,8 @@ _LATE = {
 }
 
 __all__ = [
-    "AdaptedWeight", "Adapter", "Site", "UserError", "audit", "find_sites", "from_spec", "lift", "load", "methods", "save",
+    "AdaptedWeight", "Adapter", "Site", "UserError", "audit", "find_sites", "from_spec", "lift", "load",
+    "methods", "save",
     *_LATE, *methods(),
 ]  # fmt: skip
 

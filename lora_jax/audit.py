@@ -1,6 +1,7 @@
 """The audit: what an adapter selects, what it trains, and that its first step is the base's output exactly.
 
-Printed at the start of every run. It raises where an adapter would silently do nothing, which is the commonest defect of
+Printed at the start of every run. It raises where an adapter would silently do nothing, which is the commonest
+defect of
 fine-tuning code: a weight that the function never uses, or a start that is not the base.
 """
 
@@ -53,15 +54,21 @@ class Audit:
 
     def __str__(self) -> str:
         head = ("site", "sites", "shape", "what trains", "rule", "parameters")
-        body = [(r.path, f"{r.sites}", "x".join(map(str, r.shape)), r.what, r.rule, f"{r.trainable:,}") for r in self.rows]
+        body = [
+            (r.path, f"{r.sites}", "x".join(map(str, r.shape)), r.what, r.rule, f"{r.trainable:,}") for r in self.rows
+        ]
         widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *body]]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *body]
+        ]
         share = 100 * self.trainable / max(self.total, 1)
         lines.append(f"trainable {self.trainable:,} beside {self.total:,} of the base ({share:.2f} %)")
         if self.frozen:
             lines.append(f"stored but not trained {self.frozen:,}")
         if self.identical is not None:
-            lines.append("first output equals the base's exactly" if self.identical else "first output differs from the base's")
+            lines.append(
+                "first output equals the base's exactly" if self.identical else "first output differs from the base's"
+            )
         return "\n".join([*lines, *self.notes])
 
 
@@ -100,13 +107,14 @@ def audit(
     idle = [path for path in delta if not sites[path].uses]
     if idle:
         raise UserError(
-            f"the function never uses {', '.join(map(repr, idle[:5]))}, so adapting it does nothing; leave it out of the targets"
+            f"the function never uses {', '.join(map(repr, idle[:5]))}, so adapting it does nothing; "
+            "leave it out of the targets"
         )
     identical = None if function is None else _identical(adapter, dict(delta), variables, function, args, kwargs)
     if identical is False:
         raise UserError(
-            f"the first output of the adapter {adapter.spec.get('method')!r} is not the base's; an adapter must start as "
-            "the identity. Was the delta trained already? Then leave the function out of the audit"
+            f"the first output of the adapter {adapter.spec.get('method')!r} is not the base's; an adapter must start "
+            "as the identity. Was the delta trained already? Then leave the function out of the audit"
         )
     rows = _rows(adapter.spec, delta, sites, trained)
     return Audit(rows, sum(trained.values()), sum(stored.values()), trees.count(variables), identical, notes)
@@ -167,4 +175,3 @@ def _rule(spec: Mapping, member: str, path: str, sites: Sites) -> str:
     if targets is None:
         return f"{spec['method']}'s default"
     return next((t for t in parse_patterns(targets) if t == sites[path].role or trees.matches(t, path)), "?")
-

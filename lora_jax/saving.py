@@ -69,7 +69,8 @@ def load(directory: str | Path, variables: Any) -> tuple[Adapter, dict[str, Any]
     given = trees.fingerprint(variables)
     if description["base"] != given:
         raise UserError(
-            f"the adapter in {str(directory)!r} was made for the base {description['base'][:16]}, but the variables given are "
+            f"the adapter in {str(directory)!r} was made for the base {description['base'][:16]}, but the "
+            "variables given are "
             f"{given[:16]}; load the base it was trained on"
         )
     tensors = _read_tensors(directory / TENSORS)

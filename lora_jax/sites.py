@@ -2,7 +2,8 @@
 
 Rules are ordered `(pattern, value)` pairs: the first pattern that matches the whole path wins, and a rule that matched
 nothing is an error with the nearest paths, because a pattern that silently selects nothing is the commonest defect of
-fine-tuning code. A pattern may also be a role (`q`, `k`, `v`, `o`, `up`, `gate`, `down`, `head`) where the family names roles.
+fine-tuning code. A pattern may also be a role (`q`, `k`, `v`, `o`, `up`, `gate`, `down`, `head`) where the family
+names roles.
 """
 
 import ast
@@ -29,7 +30,8 @@ class Site:
       batch: axes along which this is many independent weights (stacked layers, experts).
       fan_in: axes that a product contracts with the activation (for an embedding: the looked-up axis).
       fan_out: axes that appear in the output. Empty `fan_in` and `fan_out`: no product uses the weight.
-      uses: every use in the order of the trace: 'linear', 'conv', 'embedding', 'elementwise', ...; the first product sets the axes.
+      uses: every use in the order of the trace: 'linear', 'conv', 'embedding', 'elementwise', ...; the first product
+        sets the axes.
       bias: path of the bias added to this weight's product, if the trace shows one that serves nothing else.
       layer: layer index: the first integer component of the path; None outside layers and for stacked sites.
       layer_axis: the batch axis that counts layers (a scanned stack), or None.
@@ -104,8 +106,8 @@ def _hits(pattern: str, sites: Sites) -> list[str]:
     if not found:
         roles = sorted({s.role for s in sites.values() if s.role})
         raise UserError(
-            f"the pattern {pattern!r} matches none of the {len(sites)} sites; a pattern is a regular expression that must "
-            f"match the whole path. Nearest paths: {', '.join(nearest(pattern, sites))}"
+            f"the pattern {pattern!r} matches none of the {len(sites)} sites; a pattern is a regular expression that "
+            f"must match the whole path. Nearest paths: {', '.join(nearest(pattern, sites))}"
             + (f"; roles: {', '.join(roles)}" if roles else "")
         )
     return found
@@ -162,7 +164,7 @@ def parse_layers(layers: str | int | Sequence[int], total: int) -> frozenset[int
         try:
             layers = ast.literal_eval(layers)
         except (ValueError, SyntaxError):
-            layers = None
+            layers = ()
     if isinstance(layers, int) and not isinstance(layers, bool):
         layers = [layers]
     if not isinstance(layers, (list, tuple)) or not layers or not all(type(i) is int for i in layers):
@@ -203,7 +205,8 @@ def in_layers(sites: Sites, paths: Sequence[str], layers: Any) -> dict[str, tupl
 
 
 def parse_rules(value: Any, name: str, sites: Sites, paths: Sequence[str]) -> dict[str, Any]:
-    """One value for all, or ordered (pattern, value) rules -> `{path: value}` or, for a stack, `{path: [value per layer]}`.
+    """One value for all, or ordered (pattern, value) rules -> `{path: value}` or, for a stack, `{path: [value per
+    layer]}`.
 
     A pattern matches a layer of a stacked site as `path#i`, or all its layers as `path`.
 
@@ -225,8 +228,8 @@ def parse_rules(value: Any, name: str, sites: Sites, paths: Sequence[str]) -> di
     for i, (pattern, _) in enumerate(rules):
         if i not in used:
             raise UserError(
-                f"the {name} rule {pattern!r} matches none of the {len(paths)} selected sites (or an earlier rule takes "
-                f"them all). Nearest paths: {', '.join(nearest(pattern, paths))}"
+                f"the {name} rule {pattern!r} matches none of the {len(paths)} selected sites (or an earlier rule "
+                f"takes them all). Nearest paths: {', '.join(nearest(pattern, paths))}"
             )
     return out
 

@@ -1,7 +1,8 @@
 """Parameter trees by path: flatten, replace, match, count, hash.
 
 A path is the keys inside the `params` collection joined by `/`, without the collection's name:
-`{'params': {'layers_0': {'kernel': w}}}` has the one path `layers_0/kernel`. A tree without a `params` collection (a plain
+`{'params': {'layers_0': {'kernel': w}}}` has the one path `layers_0/kernel`. A tree without a `params` collection (a
+plain
 dictionary of weights, an NNX state) is taken whole. Every selection, sharding and decay rule in this project is a
 pattern on these paths.
 """

@@ -1,4 +1,4 @@
-"""Methods of fine-tuning, one file each, found by folder: adding `adapters/x.py` with a function `x` adds the method `x`."""
+"""Methods of fine-tuning, one file each, found by folder: `adapters/x.py` with a function `x` is the method `x`."""
 
 import importlib
 import inspect

@@ -6,15 +6,17 @@
     trainable(delta)                     -> tree of bool what gets gradients and optimizer slots
     spec                                 -> JSON         rebuilds the adapter
 
-A delta is a dictionary from site path to an entry: a small registered dataclass with float arrays as leaves and the site's
+A delta is a dictionary from site path to an entry: a small registered dataclass with float arrays as leaves and the
+site's
 axes as static fields. An entry's class says in `layout` which axes of its weight each array runs along; sharding and
-stacked layers follow from that. `per_site` makes the five functions of what a method does to one site, which is all that
+stacked layers follow from that. `per_site` makes the five functions of what a method does to one site, which is all
+that
 most method files contain.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +36,10 @@ class Adapter(NamedTuple):
 
     Attributes:
       init: `(key, variables, sites, *, batch=None) -> delta`.
-      bind: `(variables, delta, *, key=None, scale=None) -> variables` with adapted weights. `key` turns the adapter's own
-        dropout on; `scale` (a number, an array over a site's batch axes, or `{path: ...}`) replaces alpha/rank with data.
+      bind: `(variables, delta, *, key=None, scale=None) -> variables` with adapted weights. `key` turns the
+        adapter's own
+        dropout on; `scale` (a number, an array over a site's batch axes, or `{path: ...}`) replaces alpha/rank with
+        data.
       merge: `(variables, delta) -> variables`, plain arrays, summed in float32 and cast to the weights' dtype.
       trainable: `delta -> tree of bool` of the same structure.
       spec: JSON that `from_spec` rebuilds the adapter from.
@@ -52,6 +56,7 @@ class Adapter(NamedTuple):
     wrap: Callable[[Any], Any] | None = None
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 def entry(meta: Sequence[str] = ()) -> Callable[[type], type]:
     """Class decorator: a frozen, registered dataclass with the static fields `axes`, `member` and `meta`."""
 
@@ -67,7 +72,7 @@ def entry(meta: Sequence[str] = ()) -> Callable[[type], type]:
 class Entry:
     """Base class of a delta's entries; fields `axes: Axes` and `member: str` (which part of a chain made it)."""
 
-    layout: dict[str, tuple[str, ...]] = {}
+    layout: ClassVar[dict[str, tuple[str, ...]]] = {}
     axes: Axes
     member: str
 

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from lora_jax import trees
 from lora_jax.adapters.base import Adapter
 from lora_jax.errors import UserError
@@ -39,7 +41,9 @@ def chain(*adapters: Adapter) -> Adapter:
         for path, one in delta.items():
             head, _, rest = one.member.partition(".")
             if head not in names:  # it would be left out in silence
-                raise UserError(f"the delta at {path!r} (member {one.member!r}) is not of this chain of {len(adapters)}")
+                raise UserError(
+                    f"the delta at {path!r} (member {one.member!r}) is not of this chain of {len(adapters)}"
+                )
             if head == str(i):
                 own[path] = dataclasses.replace(one, member=rest)
         return own
@@ -64,5 +68,8 @@ def chain(*adapters: Adapter) -> Adapter:
     wraps = [a.wrap for a in adapters if a.wrap]
     if wraps:
         raise UserError("chain() cannot hold an adapter that edits its own updates; use it alone")
-    penalty = (lambda delta: sum(p(part(delta, i)) for i, p in penalties)) if penalties else None
-    return Adapter(init, bind, merge, trainable, spec, penalty)
+
+    def penalty(delta):
+        return jnp.sum(jnp.stack([p(part(delta, i)) for i, p in penalties]))
+
+    return Adapter(init, bind, merge, trainable, spec, penalty if penalties else None)

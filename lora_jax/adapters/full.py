@@ -37,7 +37,8 @@ def full(*, targets: Any = None, layers: Any = "all") -> Adapter:
 
     Args:
       targets: patterns on whole paths, or roles; None: every weight.
-      layers: 'all', 'last:k', 'first:k', or a list of layer indices; anything but 'all' leaves out weights outside layers.
+      layers: 'all', 'last:k', 'first:k', or a list of layer indices; anything but 'all' leaves out weights outside
+        layers.
 
     Returns:
       An Adapter. Its first output equals the base's exactly.

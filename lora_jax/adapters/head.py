@@ -30,8 +30,8 @@ def head(*, targets: Any = None) -> Adapter:
         default = [p for p in sites if p in {*kernels, *(sites[k].bias for k in kernels)}]
         if targets is None and not default:
             raise UserError(
-                "the method 'head' finds no head: this model names none (a task without labels has none, and a model of "
-                "your own never does). Give targets, for example targets='.*head.*'"
+                "the method 'head' finds no head: this model names none (a task without labels has none, and a "
+                "model of your own never does). Give targets, for example targets='.*head.*'"
             )
         return {p: (True,) * max(1, len(sites[p].layers)) for p in select(sites, targets, default)}
 

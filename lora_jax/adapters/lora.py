@@ -24,7 +24,11 @@ from lora_jax.lift.weight import AdaptedWeight, Axes, NotStructural, register
 from lora_jax.sites import Site, Sites, in_layers, parse_rules, select
 
 INITS = ("default", "gaussian", "a_zero")
-SCALINGS = {"alpha/r": lambda alpha, r: alpha / r, "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r), "alpha": lambda alpha, r: alpha}
+SCALINGS = {
+    "alpha/r": lambda alpha, r: alpha / r,
+    "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r),
+    "alpha": lambda alpha, r: alpha,
+}
 
 
 @entry(meta=("ranks", "scales"))
@@ -94,7 +98,9 @@ class LoRAWeight(AdaptedWeight):
 
     def conv(self, x: jax.Array, use: Conv) -> jax.Array:
         if use.groups > 1 or self.axes.batch or self.axes.fan_out != (use.out_axis,):
-            return use.apply(x, self.dense())  # a grouped kernel is small, and its factors do not factor the convolution
+            return use.apply(
+                x, self.dense()
+            )  # a grouped kernel is small, and its factors do not factor the convolution
         y = use.apply(x, self.base)
         return y + use.factored(self.dropped(x), self.a, self.scaled_b(), self.axes).astype(y.dtype)
 
@@ -131,7 +137,10 @@ def lora(
       UserError: a rule that matches nothing, rank 0 everywhere or above min(fan_in, fan_out), a bad option.
     """
     _check_options(dropout, scaling, init)
-    spec = json_ready(method="lora", rank=rank, alpha=alpha, targets=targets, layers=layers, dropout=dropout, scaling=scaling, init=init)  # fmt: skip
+    spec = json_ready(
+        method="lora", rank=rank, alpha=alpha, targets=targets, layers=layers,
+        dropout=dropout, scaling=scaling, init=init,
+    )  # fmt: skip
 
     def choose(sites: Sites):
         flags = in_layers(sites, select(sites, targets, default_targets(sites)), layers)
@@ -139,7 +148,8 @@ def lora(
 
     def make(key, leaf, site, option):
         del leaf
-        return _make(key, site, *option, init)
+        ranks, scales = option
+        return _make(key, site, ranks, scales, init)
 
     def weight(base, one, *, path, key, scale):
         batch = one.a.shape[: len(one.axes.batch)]
@@ -147,7 +157,8 @@ def lora(
         own = jnp.broadcast_to(jnp.asarray(own, jnp.float32), batch)
         keys = None if key is None or dropout == 0.0 else jax.random.split(key, batch)
         return LoRAWeight(
-            base=base, axes=one.axes, path=path, a=one.a, b=one.b, scale=own, key=keys, dropout=dropout, idle=_idle(one, batch)
+            base=base, axes=one.axes, path=path, idle=_idle(one, batch),
+            a=one.a, b=one.b, scale=own, key=keys, dropout=dropout,
         )  # fmt: skip
 
     return per_site(spec, choose=choose, make=make, weight=weight)
@@ -170,19 +181,24 @@ def _ranks_and_scales(sites: Sites, flags, rank, alpha, scaling):
     paths = list(flags)
     if not paths:
         raise UserError(
-            f"lora finds nothing to adapt by itself: no product and no convolution uses any of the {len(sites)} weights "
+            f"lora finds nothing to adapt by itself: no product and no convolution uses any of the {len(sites)} "
+            "weights "
             "(embeddings and a head do not count). Give targets"
         )
     not_matrix = [p for p in paths if not sites[p].is_matrix]
     if not_matrix:
         raise UserError(
-            f"lora needs weights that a product uses; {not_matrix[0]!r} of shape {sites[not_matrix[0]].shape} is not one. "
+            f"lora needs weights that a product uses; {not_matrix[0]!r} of shape {sites[not_matrix[0]].shape} is not "
+            "one. "
             "Narrow the targets, for example to '.*/kernel'"
         )
     ranks, alphas = parse_rules(rank, "rank", sites, paths), parse_rules(alpha, "alpha", sites, paths)
     out = {}
     for p in paths:
-        own = [_check_rank(r, sites[p]) if keep else 0 for r, keep in zip(ranks[p], _spread(flags[p], ranks[p]), strict=True)]
+        own = [
+            _check_rank(r, sites[p]) if keep else 0
+            for r, keep in zip(ranks[p], _spread(flags[p], ranks[p]), strict=True)
+        ]
         scales = [SCALINGS[scaling](_number(a, "alpha"), r) if r else 0.0 for a, r in zip(alphas[p], own, strict=True)]
         out[p] = (own, scales)
     if not any(r for own, _ in out.values() for r in own):
@@ -196,7 +212,9 @@ def _spread(flags, values):
 
 def _check_rank(rank: Any, site: Site) -> int:
     if type(rank) is not int or rank < 0:
-        raise UserError(f"rank must be an integer of at least 0 (a rule may give it by pattern), got {rank!r} for {site.path!r}")
+        raise UserError(
+            f"rank must be an integer of at least 0 (a rule may give it by pattern), got {rank!r} for {site.path!r}"
+        )
     if rank > site.max_rank:
         raise UserError(
             f"rank {rank} is above min(fan_in, fan_out) = {site.max_rank} of {site.path!r} with shape {site.shape}; "

@@ -1,4 +1,4 @@
-"""Formats of the outside world. PEFT's: `save_peft` writes an adapter that PEFT and vLLM read, `load_peft` reads theirs, strictly."""
+"""Formats of the outside world: `save_peft` writes what PEFT and vLLM read, `load_peft` reads theirs, strictly."""
 
 from lora_jax.export.peft_load import load_peft
 from lora_jax.export.peft_save import save_peft

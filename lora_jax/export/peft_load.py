@@ -1,6 +1,7 @@
 """`load_peft`: reads an adapter that PEFT wrote. Strict where PEFT is silent.
 
-PEFT warns about missing tensors and ignores unexpected ones, so an adapter for another model loads and does nothing. Here
+PEFT warns about missing tensors and ignores unexpected ones, so an adapter for another model loads and does nothing.
+Here
 a missing, unexpected or misshaped tensor, a rank that contradicts the config and an option we do not have are errors.
 """
 
@@ -22,8 +23,9 @@ from lora_jax.lift.weight import Axes
 
 # Options that change what the adapter computes and that we do not have: the value that switches them off.
 _OFF = {
-    "use_dora": (False,), "lora_bias": (False,), "bias": ("none",), "layer_replication": (None,), "target_parameters": (None, []),
-    "trainable_token_indices": (None,), "alora_invocation_tokens": (None,), "use_qalora": (False,), "use_bdlora": (None, False),
+    "use_dora": (False,), "lora_bias": (False,), "bias": ("none",), "layer_replication": (None,),
+    "target_parameters": (None, []), "trainable_token_indices": (None,), "alora_invocation_tokens": (None,),
+    "use_qalora": (False,), "use_bdlora": (None, False),
     "arrow_config": (None,), "kasa_config": (None,), "velora_config": (None,), "monteclora_config": (None,),
 }  # fmt: skip
 
@@ -115,7 +117,8 @@ def _factors(config: Mapping, tensors: dict, base: Any, file: Path) -> tuple[dic
         _check_tied(config, tensors, site, (a, b), rank, file)
         _check_base_layer(tensors, module, base, path, file)
         factors[path] = LoRA(
-            a=jnp.asarray(a.reshape(*site.dims(site.fan_in), rank)), b=jnp.asarray(b.reshape(rank, *site.dims(site.fan_out))),
+            a=jnp.asarray(a.reshape(*site.dims(site.fan_in), rank)),
+            b=jnp.asarray(b.reshape(rank, *site.dims(site.fan_out))),
             axes=Axes.of(site), ranks=(rank,), scales=(SCALINGS[scaling](float(alphas[path]), rank),),
         )  # fmt: skip
     if not factors:
@@ -129,13 +132,18 @@ def _check_tied(config: Mapping, tensors: dict, site: Any, own: tuple, rank: int
         return
     if not names.targeted(config, "lm_head"):
         raise UserError(
-            f"{file} adapts the embedding but not the head that is tied to it; this base has one weight for both, so such an "
-            "adapter cannot be held. Untie the checkpoint (tie_word_embeddings=false) or adapt both"
+            f"{file} adapts the embedding but not the head that is tied to it; this base has one weight for both, "
+            "so such an adapter cannot be held. Untie the checkpoint (tie_word_embeddings=false) or adapt both"
         )
-    head = [_take(tensors, names.PREFIX + "lm_head" + s, shape, file) for s, shape in zip(names.LINEAR, ((rank, None), (None, rank)), strict=True)]
+    head = [
+        _take(tensors, names.PREFIX + "lm_head" + s, shape, file)
+        for s, shape in zip(names.LINEAR, ((rank, None), (None, rank)), strict=True)
+    ]
     tensors.pop(names.PREFIX + "lm_head" + names.BASE_LAYER, None)
     if not np.allclose(head[1] @ head[0], own[0] @ own[1], rtol=1e-5, atol=1e-6):
-        raise UserError(f"{file} adapts the embedding and the head tied to it differently; this base has one weight for both")
+        raise UserError(
+            f"{file} adapts the embedding and the head tied to it differently; this base has one weight for both"
+        )
 
 
 def _check_base_layer(tensors: dict, module: str, base: Any, path: str, file: Path) -> None:
@@ -147,7 +155,9 @@ def _check_base_layer(tensors: dict, module: str, base: Any, path: str, file: Pa
         given = tensors.pop(key).astype(np.float32)
         given = given.T if tensor.transpose else given
         if own.shape != given.shape or not np.allclose(own, given, atol=1e-6):
-            raise UserError(f"{file}: {key!r} differs from the base's own weight; the adapter was made for another base")
+            raise UserError(
+                f"{file}: {key!r} differs from the base's own weight; the adapter was made for another base"
+            )
 
 
 def _saved(tensors: dict, base: Any, file: Path) -> dict[str, Full]:

@@ -1,6 +1,7 @@
 """PEFT's file format: names of files and tensors, and which module of transformers each of our weights is.
 
-Described from files written by PEFT 0.21.2. A key is `base_model.model.` + the module's name in transformers + a suffix;
+Described from files written by PEFT 0.21.2. A key is `base_model.model.` + the module's name in transformers + a
+suffix;
 factors are stored as A (rank, in) and B (out, rank), the transposes of ours.
 """
 
@@ -53,7 +54,7 @@ def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any
 
 
 def targeted(config: Mapping[str, Any], module: str) -> bool:
-    """PEFT's choice of modules: `target_modules` by suffix or regular expression, `layers_to_transform`, `exclude_modules`."""
+    """PEFT's choice of modules: `target_modules` by suffix or regex, `layers_to_transform`, `exclude_modules`."""
     if _matches(config.get("exclude_modules"), module) or not _matches(config.get("target_modules"), module):
         return False
     layers = config.get("layers_to_transform")

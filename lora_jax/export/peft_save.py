@@ -58,7 +58,9 @@ def _check(adapter: Adapter, delta: Mapping, factors: Mapping, in_place: Mapping
         raise UserError(f"PEFT has no format for {kind!r} (adapter {name!r}); save it with lora_jax.save instead")
     stacked = [p for p, one in delta.items() if one.axes.batch or getattr(one, "kept", None) is not None]
     if stacked:
-        raise UserError(f"{stacked[0]!r} is a stack of layers, which PEFT's format cannot name; unroll the model to export it")
+        raise UserError(
+            f"{stacked[0]!r} is a stack of layers, which PEFT's format cannot name; unroll the model to export it"
+        )
 
 
 def _factor_tensors(factors: Mapping[str, LoRA], base: Any) -> dict[str, np.ndarray]:

@@ -49,7 +49,9 @@ class Interpreter:
         self.on_dense = on_dense
         self.used: set[str] = set()
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], stack: str = "", wanted: Any = None) -> list[Any]:
+    def run(
+        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], stack: str = "", wanted: Any = None
+    ) -> list[Any]:
         """Returns the outputs of the jaxpr: arrays or (only where a weight passes through unused) adapted weights.
 
         Args:
@@ -70,8 +72,10 @@ class Interpreter:
             env.update((v, out) for v, out in zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def run_dense(self, jaxpr: Any, consts: Any, args: Any, stack: str, end: str = "the output of control flow") -> list:
-        """Like `run`, for bodies of control flow or a whole function (`end` says which): their outputs must be arrays."""
+    def run_dense(
+        self, jaxpr: Any, consts: Any, args: Any, stack: str, end: str = "the output of control flow"
+    ) -> list:
+        """Like `run`, for control flow or a whole function (`end` says which): the outputs must be arrays."""
         return [self.dense(x, end, stack) for x in self.run(jaxpr, consts, args, stack)]
 
     def equation(self, eqn: Any, operands: list[Any], debug_info: Any, stack: str) -> list[Any]:

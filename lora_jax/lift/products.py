@@ -37,7 +37,9 @@ def low_rank(x: Array, a: Array, b: Array, precision: Any = None) -> Array:
     return _forward(x, a, b, precision)[0]
 
 
-def _contract(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int], precision: Any, dtype: Any = None) -> Array:
+def _contract(
+    x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int], precision: Any, dtype: Any = None
+) -> Array:
     numbers = ((tuple(x_axes), tuple(y_axes)), ((), ()))
     return lax.dot_general(x, y, numbers, precision=precision, preferred_element_type=dtype)
 
@@ -103,9 +105,9 @@ class Dot:
         """The equation itself with another weight of the same shape: an array or an adapted weight."""
         if isinstance(weight, AdaptedWeight):
             return weight.dot_general(x, self)
-        operands = (weight, x) if self.weight_is_lhs else (x, weight)
+        lhs, rhs = (weight, x) if self.weight_is_lhs else (x, weight)
         return lax.dot_general(
-            *operands, self.dimension_numbers, precision=self.precision,
+            lhs, rhs, self.dimension_numbers, precision=self.precision,
             preferred_element_type=self.preferred, out_sharding=self.out_sharding,
         )  # fmt: skip
 
@@ -150,7 +152,8 @@ class Dot:
         last = [pairs[w] for w in into]
         lead = [i for i in range(x.ndim) if i not in last]
         y = flat_low_rank(x.transpose(*lead, *last), a, b, self.precision)
-        # y is (*lead, *out); the equation puts the weight's kept axes in ascending order, first if it is the left operand.
+        # y is (*lead, *out); the equation puts the weight's kept axes in ascending order, first if it is the left
+        # operand.
         n = len(lead)
         kept = [n + list(out).index(w) for w in sorted(out)]
         return y.transpose(*(kept + list(range(n)) if self.weight_is_lhs else list(range(n)) + kept))

@@ -116,7 +116,9 @@ def _refuse():
 def _slice(operands, params):
     weight = operands[0]
     strides = params["strides"] or (1,) * len(weight.shape)
-    for axis, (start, limit, stride) in enumerate(zip(params["start_indices"], params["limit_indices"], strides, strict=True)):
+    for axis, (start, limit, stride) in enumerate(
+        zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    ):
         size = -(-(limit - start) // stride)
         if (start, size) != (0, weight.shape[axis]):
             weight = weight.slice(axis, start, size, stride)

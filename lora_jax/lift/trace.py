@@ -18,6 +18,8 @@ from lora_jax.lift import control  # noqa: F401  (registers the control-flow rul
 from lora_jax.lift.interpret import Interpreter
 from lora_jax.lift.weight import is_adapted
 
+# Settings of JAX that a trace depends on.
+_CONFIG = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion")
 _KEPT = 64  # traces kept per lifted function; a training run needs two or three
 
 
@@ -37,7 +39,7 @@ class Call:
 
     def key(self) -> Any:
         """What a trace depends on, or None if a static argument cannot be hashed."""
-        config = (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision, jax.config.jax_numpy_dtype_promotion)
+        config = tuple(getattr(jax.config, name) for name in _CONFIG)
         avals = tuple(_aval(leaf) for leaf in self.traced)
         # True == 1 == 1.0: the types belong to the key.
         static = tuple((type(leaf), leaf) for leaf in self.static)
@@ -55,7 +57,7 @@ class Call:
             leaves = list(self.leaves)
             for i, value in zip(self.where, traced, strict=True):
                 leaves[i] = value
-            args, kwargs = self.treedef.unflatten(leaves)
+            args, kwargs = jax.tree_util.tree_unflatten(self.treedef, leaves)
             return function(*args, **kwargs)
 
         dense = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_adapted(x) else x for x in self.traced]
@@ -65,7 +67,10 @@ class Call:
 
 def _aval(leaf: Any) -> Any:
     if is_adapted(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
-        return (tuple(leaf.shape), np.dtype(leaf.dtype) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf.dtype)
+        return (
+            tuple(leaf.shape),
+            np.dtype(leaf.dtype) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf.dtype,
+        )
     return jax.typeof(leaf)
 
 
@@ -114,7 +119,8 @@ def lift(function: Callable, *, on_dense: str = "error", unused: str = "error") 
 
     Returns:
       A function of the same signature, differentiable in reverse mode with respect to the adapters' arrays, that
-      composes with jit, grad, vmap, scan, checkpoint and meshes. Called without adapted weights it is the function itself.
+      composes with jit, grad, vmap, scan, checkpoint and meshes. Called without adapted weights it is the function
+      itself.
 
     Raises:
       UserError: at the call, as `on_dense` and `unused` say.

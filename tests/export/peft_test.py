@@ -24,7 +24,9 @@ def make(kind, folder):
     shape = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
     torch.manual_seed(0)
     if kind == "bert":
-        config = transformers.BertConfig(**shape, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        config = transformers.BertConfig(
+            **shape, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
         model = transformers.BertForSequenceClassification(config)
     else:
         tied = kind == "tied"
@@ -67,7 +69,10 @@ def error(a, b):
 
 
 TARGETS = {
-    "bert": (".*/(query|value)/kernel", [".*layer_1/(query|value|intermediate|output)/kernel", ".*/attention/output/kernel"]),
+    "bert": (
+        ".*/(query|value)/kernel",
+        [".*layer_1/(query|value|intermediate|output)/kernel", ".*/attention/output/kernel"],
+    ),
     "untied": ("q,v", ["q,down", "embed_tokens/embedding", "lm_head/kernel"]),
     "tied": ("q,v", ["o,up", "embed_tokens/embedding"]),
 }
@@ -104,7 +109,12 @@ def test_peft_to_ours(case, variant, tmp_path):
     q, v, up = ("query", "value", "intermediate.dense") if kind == "bert" else ("q_proj", "v_proj", "up_proj")
     options = {
         "plain": dict(target_modules=[q, v]),
-        "patterns": dict(target_modules=[q, v, up], rank_pattern={v: 3, rf"layer(s)?\.0\..*{up}": 1}, alpha_pattern={q: 7}, use_rslora=True),
+        "patterns": dict(
+            target_modules=[q, v, up],
+            rank_pattern={v: 3, rf"layer(s)?\.0\..*{up}": 1},
+            alpha_pattern={q: 7},
+            use_rslora=True,
+        ),
         "layers": dict(target_modules=[q, v], layers_to_transform=[1]),
         "regex": dict(target_modules=rf".*\.1\..*({q}|{up})"),
     }[variant]
@@ -121,7 +131,9 @@ def test_peft_to_ours(case, variant, tmp_path):
     assert error(mine, expected) < TOLERANCE
     assert error(mine, np.asarray(base.apply(base.variables, jnp.asarray(TOKENS)))) > 1e-3
     fresh = adapter.init(jax.random.key(0), base.variables, base.sites)
-    assert jax.tree_util.tree_structure(fresh) == jax.tree_util.tree_structure(delta), "load must rebuild what init makes"
+    assert jax.tree_util.tree_structure(fresh) == jax.tree_util.tree_structure(delta), (
+        "load must rebuild what init makes"
+    )
 
 
 @pytest.fixture(scope="module")

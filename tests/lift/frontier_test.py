@@ -1,4 +1,4 @@
-"""A scanned stack whose lower layers carry nothing: the scan is split there, and the backward pass stops at the split."""
+"""A scanned stack whose lower layers carry nothing: the scan is split there, and the backward pass stops at it."""
 
 import dataclasses
 import re
@@ -40,7 +40,9 @@ def setup(layers):
     return delta, lifted, merged
 
 
-@pytest.mark.parametrize("layers, lengths", [("all", [5, 5]), ("last:2", [3, 2, 2]), ([3], [3, 2, 2]), ("first:1", [5, 5])])
+@pytest.mark.parametrize(
+    "layers, lengths", [("all", [5, 5]), ("last:2", [3, 2, 2]), ([3], [3, 2, 2]), ("first:1", [5, 5])]
+)
 def test_the_backward_pass_stops_at_the_lowest_adapted_layer(layers, lengths):
     delta, lifted, _ = setup(layers)
     program = str(jax.make_jaxpr(jax.grad(lifted))(delta))
