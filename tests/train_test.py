@@ -174,7 +174,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
 
     original, module.Batches = module.Batches, Numbered
     try:
-        settings = dataclasses.replace(SHORT, steps=12, checkpoint_every=2, log_every=6, eval_every=0)
+        settings = dataclasses.replace(SHORT, steps=12, checkpoint_every=2, log_every=12, eval_every=0)
         with pytest.raises(
             Diverged, match=r"training diverged: the loss is nan .* at step 5; the last good checkpoint is .*4"
         ) as info:
@@ -255,22 +255,25 @@ def test_a_mesh_of_eight_gives_the_run_of_one_device(done, tmp_path):
     )
 
 
-def test_a_signal_saves_and_the_run_goes_on(done, tmp_path):
-    """In this process: SIGINT arrives while the run writes its first evaluation."""
+@pytest.mark.parametrize("split,step", [("dev", 3), ("train", 6)])
+def test_a_signal_saves_and_the_run_goes_on(done, tmp_path, split, step):
+    """In this process: SIGINT while the first evaluation is written, or just before the last one starts."""
 
     class Interrupt:
         def write(self, record):
-            if record["split"] == "dev":
+            if (record["split"], record["step"]) == (split, step):
                 os.kill(os.getpid(), signal.SIGINT)
 
         def close(self):
             pass
 
-    with pytest.raises(Interrupted, match=f"stopped by SIGINT at step 3; saved in {tmp_path}") as info:
+    with pytest.raises(Interrupted, match=f"stopped by SIGINT at step {step}; saved in {tmp_path}") as info:
         run(tmp_path, writers=[Interrupt()])
     assert info.value.code == 130
     summary = run(tmp_path)
-    assert standin.same(summary.delta, done[1].delta) and summary["test"] == done[1]["test"]
+    assert standin.same(summary.delta, done[1].delta)
+    assert (summary["dev"], summary["test"], summary["best"]) == (done[1]["dev"], done[1]["test"], done[1]["best"])
+    assert [r["step"] for r in rows(tmp_path, "dev")] == [3, 6]
 
 
 def spawn(workdir, seconds, cache):
