@@ -139,6 +139,8 @@ class AdaptedWeight:
 
     def reshape(self, shape: Sequence[int]) -> Self:
         """Splits axes, merges neighbouring axes of one role, adds or drops axes of size one."""
+        if (ordered := self._ordered()) is not self:
+            return ordered.reshape(shape)
         new: list[list[int]] = [[] for _ in self.shape]
         fresh: list[int] = []
         for left, right in regroup(self.shape, shape):
@@ -205,6 +207,21 @@ class AdaptedWeight:
         """Where a role's dimensions begin in a field."""
         before = self.layout[name][: self.layout[name].index(role)]
         return sum(len(getattr(self.axes, r)) if r in ROLES else 1 for r in before)
+
+    def _ordered(self) -> Self:
+        """Every role's axes ascending, so that neighbours in the weight are neighbours in the fields."""
+        axes = Axes(*(tuple(sorted(axes)) for axes in self._roles()))
+        if axes == self.axes:
+            return self
+        fields = {}
+        for name in self.layout:
+            order: list[int] = []
+            for role in self.layout[name]:
+                old = getattr(self.axes, role) if role in ROLES else (0,)
+                order += [len(order) + i for i in sorted(range(len(old)), key=old.__getitem__)]
+            if (value := getattr(self, name)) is not None:
+                fields[name] = value.transpose(*order, *range(len(order), value.ndim))
+        return dataclasses.replace(self, axes=axes, **fields)
 
     def _check_mergeable(self, left: list[int], right: list[int]) -> None:
         order = getattr(self.axes, self.axes.role(left[0]))
