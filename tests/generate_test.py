@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from lora_jax import trees
 from lora_jax.errors import UserError
 from lora_jax.generate import _rounded, generate
 from lora_jax.models import from_config
@@ -106,6 +107,14 @@ def test_draws_follow_the_distribution(base):
     assert 1 < len(kept) < 61 and not found[expected == 0].any()
     # Total variation of 512 draws from a law on about 20 tokens is 0.05 to 0.1; at temperature 1 it is above 0.3.
     assert np.abs(found - expected).sum() / 2 < 0.15
+
+
+def test_every_draw_is_a_new_one(base):
+    """Where all tokens are equally likely at every step, steps and rows differ only by their random numbers."""
+    flat = trees.map_with_path(lambda path, x: x * 0 if path == "lm_head/kernel" else x, base.variables)
+    options = dict(max_new_tokens=12, temperature=1.0, top_p=0.9, eos_ids=())
+    first, second, *_ = generate(base, flat, [PROMPTS[0]] * 4, **options)
+    assert len(set(first)) > 6 and first != second
 
 
 def test_tiny_nucleus_is_greedy(base):

@@ -159,7 +159,7 @@ def _read(folder: Path, family: ModuleType, config: Any, dtype: Any, seed: int) 
     tensors = family.tensors(config, config.num_labels)
     wanted = {bare_name(family, t.name): path for path, t in tensors.items()}
     absent = {path for name, path in wanted.items() if name not in checkpoint.where}
-    fresh = _fresh_head(family, set(wanted.values()), absent) if config.num_labels is not None else set()
+    fresh = _fresh_head(family, set(wanted.values()), absent)
     present = [name for name in wanted if name in checkpoint.where]
     wrong = [f"missing: {tensors[p].name}" for p in wanted.values() if p in absent - fresh]
     wrong += [f"unexpected: {checkpoint.where[n][1]}" for n in _unexpected(family, checkpoint, wanted)]

@@ -78,16 +78,20 @@ def test_dropout_override_replaces_all_rates(base):
 
 
 def test_classifier_dropout_falls_back_to_hidden_dropout(base):
-    """Without a rate of its own the head drops at the hidden rate; the expectation over keys stays the plain logits."""
-    config = from_config(oracle.ENCODER | {"hidden_dropout_prob": 0.5, "classifier_dropout": None}).config
-    assert config.classifier_dropout is None and config.with_dropout(0.1).classifier_dropout == 0.1
+    """A pooler that says 0.5 whatever it reads leaves the head's own dropout as the only one that can show."""
     tokens, mask = oracle.padded_batch(lengths=(6,))
-    model = from_config(
-        oracle.ENCODER | {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.0}, num_labels=3
-    )
-    zeroed = trees.map_with_path(lambda p, x: x * 0 if p == "classifier/kernel" else x, base.variables)
-    out = oracle.jitted(model)(zeroed, tokens, mask, dropout_key=jax.random.key(1))
-    assert np.array_equal(out[0], zeroed["params"]["classifier"]["bias"])
+
+    def pooler(path, x):
+        return x * 0 + (np.arctanh(0.5) if path == "pooler/bias" else 0) if path.startswith("pooler") else x
+
+    variables = trees.map_with_path(pooler, base.variables)
+    rates = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.0}
+    key = jax.random.key(1)
+    plain = oracle.jitted(base)(variables, tokens, mask)
+    for own, drops in ((None, True), (0.0, False)):
+        model = from_config(oracle.ENCODER | rates | {"classifier_dropout": own}, num_labels=3)
+        error = oracle.relative_error(oracle.jitted(model)(variables, tokens, mask, dropout_key=key), plain)
+        assert error > 0.05 if drops else error < 1e-5
 
 
 @pytest.mark.parametrize(
