@@ -6,6 +6,7 @@ that saved.
 
 import importlib.util
 import inspect
+import logging
 import re
 import sys
 import traceback
@@ -37,6 +38,7 @@ def run(main: Callable[[], None], base: Callable[[], ConfigDict] | None = None) 
 
 def call(main: Callable[[], None]) -> int:
     """Runs a command whose flags are parsed; returns its exit code."""
+    logging.getLogger("jax").setLevel(logging.WARNING)  # else every backend that is not there is reported
     try:
         main()
     except UserError as error:
