@@ -151,13 +151,26 @@ def open_run(path: str | Path, manifest: Mapping[str, Any]) -> None:
 
 
 def check_identity(workdir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raises if two runs are not the same one."""
-    for name in [*new, *old]:
-        if old.get(name) != new.get(name):
-            raise UserError(
-                f"{workdir} belongs to another run: there {name} is {_short(old.get(name))}, here it is "
-                f"{_short(new.get(name))}. Give another --workdir, or the configuration that this one was started with"
-            )
+    """Raises if two runs are not the same one; the message names the innermost field that differs."""
+    found = _difference(old, new, "")
+    if found is not None:
+        name, there, here = found
+        raise UserError(
+            f"{workdir} belongs to another run: there {name} is {_short(there)}, here it is "
+            f"{_short(here)}. Give another --workdir, or the configuration that this one was started with"
+        )
+
+
+def _difference(old: Any, new: Any, name: str) -> tuple[str, Any, Any] | None:
+    """The first place where two JSON values differ: (dotted name, old, new)."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*new, *(k for k in old if k not in new)]
+        pairs = [(f"{name}.{k}".lstrip("."), old.get(k), new.get(k)) for k in keys]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{name}[{i}]", *both) for i, both in enumerate(zip(old, new))]
+    else:
+        return None if old == new else (name, old, new)
+    return next((found for k, a, b in pairs if (found := _difference(a, b, k)) is not None), None)
 
 
 def _short(value: Any) -> str:

@@ -120,6 +120,8 @@ def test_manifest_of_another_run_is_refused_and_of_the_same_continued(tmp_path):
     assert len(records.read_json(path)["resumed"]) == 1
     with pytest.raises(UserError, match="belongs to another run: there seed is 0, here it is 1"):
         manifest.open_run(path, manifest.collect({"seed": 1, "targets": ("q", "v")}))
+    with pytest.raises(UserError, match=r"there targets\[1\] is 'v', here it is 'o'"):
+        manifest.open_run(path, manifest.collect({"seed": 0, "targets": ("q", "o")}))
 
 
 def test_best_keeps_the_first_of_equals():
