@@ -28,7 +28,9 @@ def enter(*names: str):
 def _jit(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
     """Evaluated in place: the whole lifted function is under one jit anyway."""
     jaxpr, consts = opened(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
-    return self.run(jaxpr, consts, operands, stack)
+    # A weight that reaches only an output which the caller drops is not used.
+    wanted = [v in self.needed for v in eqn.outvars]
+    return self.run(jaxpr, consts, operands, stack, wanted)
 
 
 @enter("remat2", "remat", "checkpoint")

@@ -26,15 +26,15 @@ def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return jaxpr, ()
 
 
-def live_equations(jaxpr: Any, wanted: Sequence[bool]) -> list[Any]:
-    """The equations that wanted outputs or effects depend on, in order."""
+def live_equations(jaxpr: Any, wanted: Sequence[bool]) -> tuple[list[Any], set[Any]]:
+    """The equations that wanted outputs or effects depend on, in order, and the variables that those need."""
     needed = {v for v, w in zip(jaxpr.outvars, wanted, strict=True) if w and not isinstance(v, jex.Literal)}
     live = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(v in needed for v in eqn.outvars):
             live.append(eqn)
             needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
-    return live[::-1]
+    return live[::-1], needed
 
 
 class Interpreter:
@@ -43,11 +43,13 @@ class Interpreter:
     Attributes:
       on_dense: 'error' or 'allow': what to do when an operation needs a weight's dense value.
       used: paths of the adapted weights that some live equation consumed.
+      needed: variables of the jaxpr at hand whose values something depends on.
     """
 
     def __init__(self, on_dense: str):
         self.on_dense = on_dense
         self.used: set[str] = set()
+        self.needed: set[Any] = set()
 
     def run(
         self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], stack: str = "", wanted: Any = None
@@ -67,7 +69,9 @@ class Interpreter:
         def read(v):
             return v.val if isinstance(v, jex.Literal) else env.get(v)
 
-        for eqn in live_equations(jaxpr, wanted or [True] * len(jaxpr.outvars)):
+        live, needed = live_equations(jaxpr, wanted or [True] * len(jaxpr.outvars))
+        for eqn in live:
+            self.needed = needed
             outs = self.equation(eqn, [read(v) for v in eqn.invars], jaxpr.debug_info, stack)
             env.update((v, out) for v, out in zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]

@@ -70,13 +70,24 @@ def flat_low_rank(x: Array, a: Array, b: Array, precision: Any = None) -> Array:
     Under a mesh the operands keep their dimensions: merging a sharded with an unsharded one would cost all-gathers.
     """
     if not jax.sharding.get_abstract_mesh().empty:
-        return low_rank(x, a, b, precision)
+        return low_rank(*_varying_alike(x, a, b), precision)
     lead = x.shape[: x.ndim - (a.ndim - 1)]
     rank, out = b.shape[0], b.shape[1:]
     # No -1 in the shapes: it cannot be told for an empty batch.
     n_in, n_out = math.prod(a.shape[:-1]), math.prod(out)
     y = low_rank(x.reshape(math.prod(lead), n_in), a.reshape(n_in, rank), b.reshape(rank, n_out), precision)
     return y.reshape(*lead, *out)
+
+
+def _varying_alike(*arrays: Array) -> list[Array]:
+    """Marks all as varying over the manual axes that any of them varies over, which is nothing outside `shard_map`.
+
+    A derivative rule of one's own must return what varies as its input does; the sum over the other axes is the
+    transpose of the mark.
+    """
+    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    whole = frozenset().union(*axes)
+    return [x if own == whole else lax.pcast(x, tuple(whole - own), to="varying") for x, own in zip(arrays, axes)]
 
 
 @dataclasses.dataclass(frozen=True)

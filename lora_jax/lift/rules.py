@@ -157,6 +157,11 @@ def _reduce_precision(operands, params):
     return [operands[0].constrain(lambda w: jax.lax.reduce_precision(w, *bits))]
 
 
+@rule("pvary")
+def _pvary(operands, params):
+    return [operands[0].constrain(lambda w: jax.lax.pcast(w, params["axes"], to="varying"))]
+
+
 @rule("copy")
 @rule("copy_p")
 @rule("optimization_barrier")
