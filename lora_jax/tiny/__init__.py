@@ -1,7 +1,8 @@
 """The embedded default: a tiny decoder shipped with the package, and a second domain, made on demand, to adapt it to.
 
-`path()` is a model directory in Hugging Face layout (about a million parameters; its README.md says how it was made and
-`python -m lora_jax.tiny.pretrain` makes it again). `write_data` makes the files to fine-tune on. Neither needs a network.
+`path()` is a model directory in Hugging Face layout (about a million parameters; its README.md says how it was made,
+and `python -m lora_jax.tiny.pretrain` makes it again). `write_data` makes the files to fine-tune on. Neither needs a
+network.
 """
 
 import os
@@ -9,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_jax.errors import UserError
+from lora_jax.tiny.grammar import SIZES, announcements, as_jsonl
 
 SEED = 0
-SIZES = {"train": 4000, "dev": 200, "test": 200}
 
 
 def path() -> Path:
@@ -33,15 +34,15 @@ def write_data(folder: str | Path, seed: int = SEED, sizes: Mapping[str, int] = 
     Raises:
       UserError: the folder cannot be written.
     """
-    from lora_jax.tiny.grammar import announcements, as_jsonl
-
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for split, rows in announcements(seed, sizes).items():
             _write(folder / f"{split}.jsonl", as_jsonl(rows).encode())
     except OSError as error:
-        raise UserError(f"cannot write the tiny data to {str(folder)!r}: {error.strerror}; name another folder") from None
+        raise UserError(
+            f"cannot write the tiny data to {str(folder)!r}: {error.strerror}; name another folder"
+        ) from None
     return folder
 
 

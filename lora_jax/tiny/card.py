@@ -1,8 +1,9 @@
-"""The model card of the embedded default: how the file was made, what was measured, and the hashes of what it describes."""
+"""The model card of the embedded default: how it was made, what was measured, the hashes of what it describes."""
 
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,16 +19,16 @@ library_name: transformers
 ---
 # The tiny decoder of lora_jax
 
-A Llama-style decoder of {parameters:,} parameters for demonstrations and tests of fine-tuning: small enough to train
-on two CPU cores in minutes, and able to copy names and numbers out of its prompt. It was pretrained from random weights on
+A Llama-style decoder of {parameters:,} parameters for demonstrations and tests of fine-tuning: small
+enough to train on two CPU cores in minutes, and able to copy names and numbers out of its prompt. It was pretrained on
 text that a seeded grammar generates (`lora_jax/tiny/grammar.py`): records with their text, stories, questions and word
 games in English words. It knows no facts and no language beyond that grammar; it is of no use for anything else.
 
-Made by `python -m lora_jax.tiny.pretrain --out=DIR` with the recipe below. The same versions on the same kind of CPU with the
-same number of threads give the same files; elsewhere the last digits of the weights may differ.
+Made by `python -m lora_jax.tiny.pretrain --out=DIR` with the recipe below. The same versions on the same kind of CPU
+with the same number of threads give the same files; elsewhere the last digits of the weights may differ.
 
-Measured after training: {text_loss:.3f} nats a token on held-out text of the grammar; {echo:.1%} of repeated random tokens
-foretold. Training took {minutes:.0f} minutes ({machine}, {threads} threads, not alone on the machine).
+Measured after training: {text_loss:.3f} nats a token on held-out text of the grammar; {echo:.1%} of repeated random
+tokens foretold. Training took {minutes:.0f} minutes ({machine}, {threads} threads, not alone on the machine).
 
 ```json
 {recipe}
@@ -50,8 +51,6 @@ def sha256(file: Path) -> str:
 
 def write(folder: Path, recipe: Mapping[str, Any], measured: Mapping[str, float]) -> None:
     """Writes README.md beside the files that it describes."""
-    import os
-
     versions = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
     text = TEXT.format(
         parameters=int(measured["parameters"]),

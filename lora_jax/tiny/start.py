@@ -1,13 +1,14 @@
-"""Initial weights of the tiny model: random, but for two heads of layer 0 that look at the token before and the one before that.
+"""Initial weights of the tiny model: random, but for two heads of layer 0 that look one and two tokens back.
 
 A model copies by a pair of heads in two layers (Olsson et al. 2022, In-context Learning and Induction Heads, arXiv
 2209.11895): the first tells every token what stood before it, the second looks for a token that the current one stood
 before. Neither is of use without the other, so gradient descent wanders until both appear by chance. Given the first,
 the second forms within 250 steps on repeated random tokens (32 rows of 64); without it, 400 steps brought nothing.
 
-The heads are made of rotary positions alone. All embeddings share a constant c in dimension 0, which queries and keys read
-as a fixed vector. With keys `a_j` and queries `a_j exp(-i w_j d)` in the plane that turns by `w_j` a position, the score of
-a key at distance t - s is `sum_j a_j^2 cos(w_j (t - s - d))`, largest at t - s = d. All of it is trained afterwards.
+The heads are made of rotary positions alone. All embeddings share a constant c in dimension 0, which queries and keys
+read as a fixed vector. With keys `a_j` and queries `a_j exp(-i w_j d)` in the plane that turns by `w_j` a position, the
+score of a key at distance t - s is `sum_j a_j^2 cos(w_j (t - s - d))`, largest at t - s = d. Training then
+moves all of it.
 """
 
 from typing import Any
@@ -18,7 +19,9 @@ import numpy as np
 from lora_jax import trees
 
 CONSTANT = 0.5  # c, beside embeddings of norm 0.06 sqrt(128) = 0.7
-SHARPNESS = 40.0  # a_j^2, for the faster half of the planes; a neighbour of the best key gets about a sixth of its weight
+SHARPNESS = (
+    40.0  # a_j^2, for the faster half of the planes; a neighbour of the best key gets about a sixth of its weight
+)
 DAMPING = 0.3  # of what these heads read from the other dimensions
 
 

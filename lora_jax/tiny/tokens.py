@@ -1,5 +1,7 @@
-"""The tokenizer of the embedded default: byte-level BPE, so that no text is unknown, with every digit a token of its own,
-so that a number is copied digit by digit and one never read before is no harder than the others."""
+"""The tokenizer of the embedded default: byte-level BPE, so that no text is unknown.
+
+Every digit is a token of its own: numbers are copied digit by digit, and a new one is no harder than another.
+"""
 
 import json
 from collections.abc import Iterable

@@ -20,6 +20,8 @@ TOPICS: dict[str, tuple[str, str, str, dict[str, tuple[str, list[str]]]]] = {
     "people": ("person", "{person}", "This person", {
         "job": ("job", ["works as a {v}", "is a {v}"]),
         "home": ("town", ["lives in {v}", "has a house in {v}", "comes from {v}"]),
+        "born in": ("town", ["was born in {v}", "spent the first years in {v}"]),
+        "friend": ("person", ["is a friend of {v}", "often meets {v}"]),
         "age": ("number", ["is {v} years old", "has lived for {v} years"]),
         "pet": ("animal", ["has a {v}", "looks after a {v}"]),
         "likes": ("hobby", ["likes {v}", "spends every evening on {v}"]),
@@ -28,6 +30,7 @@ TOPICS: dict[str, tuple[str, str, str, dict[str, tuple[str, list[str]]]]] = {
     "ships": ("ship", "The {name}", "She", {
         "cargo": ("sea", ["carries {v}", "is full of {v}"]),
         "port": ("town", ["sails from {v}", "has her port in {v}"]),
+        "next": ("town", ["will call at {v} next", "is on her way to {v}"]),
         "captain": ("person", ["is led by {v}", "has {v} as captain"]),
         "leaves": ("day", ["leaves on {v}", "goes to sea on {v}"]),
         "crew": ("number", ["has a crew of {v}", "has room for {v} sailors"]),
@@ -36,6 +39,7 @@ TOPICS: dict[str, tuple[str, str, str, dict[str, tuple[str, list[str]]]]] = {
     "books": ("title", "{name}", "The book", {
         "writer": ("person", ["was written by {v}", "is the work of {v}"]),
         "about": ("topic", ["is about {v}", "tells a story of {v}"]),
+        "reader": ("person", ["is read by {v}", "was given to {v}"]),
         "pages": ("number", ["has {v} pages", "is {v} pages long"]),
         "price": ("number", ["costs {v} coins", "sells for {v} coins"]),
         "place": ("town", ["was printed in {v}", "plays in {v}"]),
@@ -44,7 +48,8 @@ TOPICS: dict[str, tuple[str, str, str, dict[str, tuple[str, list[str]]]]] = {
         "sells": ("thing", ["sells every kind of {v}", "is the place to buy a {v}"]),
         "street": ("town", ["is on {v}", "has its door on {v}"]),
         "owner": ("person", ["belongs to {v}", "is owned by {v}"]),
-        "closes": ("clock", ["closes at {v}", "is open until {v}"]),
+        "opens": ("clock", ["opens at {v}", "is open from {v}"]),
+        "closes": ("clock", ["closes at {v}", "shuts its door at {v}"]),
         "rest": ("day", ["is shut on {v}", "takes its rest on {v}"]),
     }),
     "animals": ("animal", "{person} the {animal}", "The animal", {
@@ -73,7 +78,7 @@ def _write(style: int, fields: list[tuple[str, str]]) -> str:
 
 def _join(draw: Draw, subject: str, pronoun: str, phrases: list[str]) -> str:
     """Sentences of one to three phrases; the first names the subject, later ones may use the pronoun."""
-    sentences = []
+    sentences: list[str] = []
     while phrases:
         count = 1 + draw.below(3)
         now, phrases = phrases[:count], phrases[count:]
@@ -87,7 +92,7 @@ def record(draw: Draw) -> str:
     """One record and its text: `name[The Red Fox], food[Thai] => The Red Fox serves Thai food.`"""
     key, made, pronoun, fields = TOPICS[draw.one(list(TOPICS))]
     subject = made.format(**{k: word(draw, k) for k in ("name", "person", "animal")})
-    chosen = draw.some(list(fields), 2 + draw.below(min(4, len(fields)) - 1))
+    chosen = draw.some(list(fields), 2 + draw.below(min(6, len(fields)) - 1))
     values = {f: word(draw, fields[f][0]) for f in chosen}
     rows = [(key, subject), *((f, values[f]) for f in chosen)]
     phrases = [draw.one(fields[f][1]).format(v=values[f]) for f in draw.some(chosen, len(chosen))]
