@@ -260,5 +260,6 @@ def _idle(one: LoRA, batch: tuple[int, ...]) -> int:
 
 
 def _uniform(fan: int):
-    bound = 1.0 / math.sqrt(fan)
-    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    width = 2.0 / math.sqrt(fan)
+    # u - 1/2 is exact and one product rounds once: the same bits jitted or not, whatever a compiler fuses.
+    return lambda key, shape: (jax.random.uniform(key, shape) - 0.5) * width
