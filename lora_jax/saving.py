@@ -37,6 +37,7 @@ def save(directory: str | Path, adapter: Adapter, delta: Mapping[str, Any], vari
     """
     from safetensors.numpy import save_file
 
+    entries = {path: _describe(one) for path, one in delta.items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # safetensors 0.8 writes wrong values for arrays that are not C-contiguous.
@@ -45,7 +46,7 @@ def save(directory: str | Path, adapter: Adapter, delta: Mapping[str, Any], vari
         "format": FORMAT,
         "spec": adapter.spec,
         "base": trees.fingerprint(variables),
-        "entries": {path: _describe(one) for path, one in delta.items()},
+        "entries": entries,
     }
     save_file(tensors, str(directory / TENSORS), metadata={"format": "pt"})
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
@@ -110,6 +111,8 @@ def _read_description(directory: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not JSON: {error}") from None
     if description.get("format") != FORMAT:
         raise UserError(f"{file} has the format {description.get('format')!r}; this version reads {FORMAT!r}")
+    if lost := [name for name in ("spec", "base", "entries") if name not in description]:
+        raise UserError(f"{file} lacks the field {lost[0]!r}; the file is damaged")
     return description
 
 
@@ -131,7 +134,10 @@ def _tuples(value: Any) -> Any:
 
 def _entry(path: str, described: dict, tensors: dict[str, Any], directory: Path) -> Any:
     module, _, name = described["class"].rpartition(".")
-    cls = getattr(importlib.import_module(_HOME + module), name)
+    try:
+        cls = getattr(importlib.import_module(_HOME + module), name)
+    except (ImportError, AttributeError):
+        raise UserError(f"{directory / DESCRIPTION}: this version has no entries {described['class']!r}") from None
     fields = {k: _tuples(v) for k, v in described["static"].items()}
     fields["axes"] = Axes(**{k: tuple(v) for k, v in described["static"]["axes"].items()})
     for array in described["arrays"]:
