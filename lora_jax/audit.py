@@ -149,8 +149,8 @@ def _difference(adapter: Adapter, delta: Any, variables: Any, function: Callable
         if not off < min(0.1, 1e4 * float(jnp.finfo(x.dtype).eps)):
             raise UserError(
                 f"the first output of the adapter {adapter.spec.get('method')!r} is not the base's (off by {off:.1e} "
-                "of its largest entry); an adapter must start as the identity. Was the delta trained already? Then leave "
-                "the function out of the audit"
+                "of its largest entry); an adapter must start as the identity. Was the delta trained already? Then "
+                "leave the function out of the audit"
             )
         worst = max(worst, off)
     return worst
