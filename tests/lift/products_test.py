@@ -78,7 +78,7 @@ def by_dynamic_index(w, x):
 
 
 def by_scan(w, x):
-    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), jnp.cos(x)), x, w)
 
 
 def by_reversed_scan(w, x):
@@ -90,6 +90,14 @@ def test_stacked_weights(walk):
     w = weights(3, 6, 6) * 2
     _, _, sites = check(lambda v, x: walk(v["w"], x), {"w": w}, weights(5, 6), expect={"w": ((0,), (1,), (2,))})
     assert sites["w"].layer_axis == 0 and sites["w"].layers == (0, 1, 2)
+
+
+@pytest.mark.parametrize("walk", [by_scan, by_reversed_scan, by_traced_index])
+@pytest.mark.parametrize("idle", [[0], [0, 1], [1], [2], [0, 2]], ids=str)
+def test_stack_with_layers_left_out(walk, idle):
+    """Layers of rank zero: a scan may be split below the first one that is adapted, its outputs must not change."""
+    rank = [(f"w#{i}", 0) for i in idle] + [(".*", 2)]
+    check(lambda v, x: walk(v["w"], x), {"w": weights(3, 6, 6) * 2}, weights(5, 6), rank=rank)
 
 
 def test_stack_along_another_axis_by_traced_index():
