@@ -20,7 +20,8 @@ library_name: transformers
 # The tiny decoder of lora_jax
 
 A Llama-style decoder of {parameters:,} parameters for demonstrations and tests of fine-tuning: small
-enough to train on two CPU cores in minutes, and able to copy names and numbers out of its prompt. It was pretrained on
+enough to train on two CPU cores in minutes, and able to copy names and numbers out of its prompt. Its weights
+began at random, but for two heads set to look one and two tokens back (`lora_jax/tiny/start.py`), and were pretrained on
 text that a seeded grammar generates (`lora_jax/tiny/grammar.py`): records with their text, stories, questions and word
 games in English words. It knows no facts and no language beyond that grammar; it is of no use for anything else.
 
@@ -28,7 +29,7 @@ Made by `python -m lora_jax.tiny.pretrain --out=DIR` with the recipe below. The 
 with the same number of threads give the same files; elsewhere the last digits of the weights may differ.
 
 Measured after training: {text_loss:.3f} nats a token on held-out text of the grammar; {echo:.1%} of repeated random
-tokens foretold. Training took {minutes:.0f} minutes ({machine}, {threads} threads, not alone on the machine).
+tokens foretold. Training took {minutes:.0f} minutes ({machine}, {threads} threads).
 
 ```json
 {recipe}
