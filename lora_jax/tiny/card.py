@@ -22,8 +22,9 @@ library_name: transformers
 A Llama-style decoder of {parameters:,} parameters for demonstrations and tests of fine-tuning: small
 enough to train on two CPU cores in minutes, and able to copy names and numbers out of its prompt. Its weights
 began at random, but for two heads set to look one and two tokens back (`lora_jax/tiny/start.py`), and were
-pretrained on text that a seeded grammar generates (`lora_jax/tiny/grammar.py`): records with their text, stories, questions and word
-games in English words. It knows no facts and no language beyond that grammar; it is of no use for anything else.
+pretrained on text that a seeded grammar generates (`lora_jax/tiny/grammar.py`): records with their text, stories,
+questions and word games in English words. It knows no facts and no language beyond that grammar; it is of no use for
+anything else.
 
 Made by `python -m lora_jax.tiny.pretrain --out=DIR` with the recipe below. The same versions on the same kind of CPU
 with the same number of threads give the same files; elsewhere the last digits of the weights may differ.
