@@ -82,6 +82,19 @@ def test_scale_may_be_data():
     close(apply({path: jnp.array([2.0, 1.0])}), by_layer, 1e-5)
 
 
+def test_dropout_keeps_the_mean_and_leaves_the_base_alone():
+    x, w = jnp.ones((64, 6)), weights(6, 4)
+    apply = lambda v, x: x @ v["w"]  # noqa: E731
+    adapter = lj.lora(rank=2, dropout=0.4)
+    delta = noisy(jax.eval_shape(lambda: start(adapter, site("w", (6, 4)))))
+    run = jax.jit(jax.vmap(lambda key: lj.lift(apply)(adapter.bind({"w": w}, delta, key=key), x)))
+    outs = run(jax.random.split(jax.random.key(0), 256)) - (x @ w)[None]
+    update = x[0] @ (adapter.merge({"w": w}, delta)["w"] - w)
+    np.testing.assert_allclose(outs.mean((0, 1)), update, atol=0.03 * np.abs(update).max())
+    kept = (np.abs(outs).max(-1) > 0).mean()
+    assert kept > 0.99, "an activation's entries are dropped one by one, not all at once"
+
+
 def test_only_b_has_a_gradient_at_first():
     kind = kinds.get("dense")
     adapter = kinds.make("lora", kind)
@@ -110,6 +123,7 @@ def test_a_smaller_rank_is_a_prefix(jit):
         return jax.jit(init)() if jit else init()
 
     whole = start(lj.lora(rank=5), where)["w"].a
+    assert np.unique(whole).size > 0.99 * whole.size, "every layer and every column has a draw of its own"
     for rank in (1, 4):
         np.testing.assert_array_equal(draw(rank), whole[..., :rank])
 
