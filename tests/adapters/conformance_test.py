@@ -389,6 +389,12 @@ def test_methods_are_found_by_folder(monkeypatch, tmp_path):
     assert lj.adapters.get("twice")().spec["rank"] == 2 and lj.adapters.options("twice") == {"rank": 2}
 
 
+def _data(tree):
+    """Random keys as the numbers they are."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree_util.tree_map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
 def test_a_chain_is_its_members():
     site = kinds.get("dense")
     lora, full = lj.lora(2, targets="layers_0/kernel"), lj.full(targets="out/.*")
@@ -401,6 +407,13 @@ def test_a_chain_is_its_members():
         "out/kernel": "1.0",
         "out/bias": "1.0",
     }
+    whole = lj.lora(2, targets="layers_0/kernel", dropout=0.5)
+    shown = {p: moved(whole, {p: one})[p] for p, one in own.items()}
+    in_chain = {p: dataclasses.replace(one, member="1") for p, one in shown.items()}
+    for given in ({"key": jax.random.key(3)}, {"scale": 0.25}):
+        bound = whole.bind(site.variables, shown, **given)
+        other = lj.chain(full, whole).bind(site.variables, in_chain, **given)
+        bits_equal(jax.tree_util.tree_leaves(_data(other)), jax.tree_util.tree_leaves(_data(bound)))
     with pytest.raises(lj.UserError, match="two adapters of a chain select 'out/kernel'"):
         lj.chain(lj.lora(2, targets="out/kernel"), full).init(jax.random.key(0), site.variables, site.sites)
     with pytest.raises(lj.UserError, match=r"at 'layers_0/kernel' \(member ''\) is not of this chain of 2"):
