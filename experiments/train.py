@@ -3,6 +3,7 @@
 python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.adapter.rank=4 ...]
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,13 @@ def look(config: Config, parts: Parts, delta: Any, apply: Any, when: str) -> dic
 
 def following(folder: Path, parts: Parts) -> list[str]:
     """Commands that make sense after this run."""
-    commands = [f"python -m experiments.evaluate --workdir={folder} --split=test"]
+    here, cwd = Path(sys.executable), Path.cwd()
+    python = here.relative_to(cwd) if here.is_relative_to(cwd) else "python"  # `make quickstart` leaves .venv inactive
+    commands = [f"{python} -m experiments.evaluate --workdir={folder} --split=test"]
     if assess.can_write(parts.task):
         prompt = parts.splits["dev"][0].values.get("prompt") or "..."
-        commands.append(f"python -m experiments.generate --workdir={folder} --prompt={prompt!r}")
-    return [*commands, f"python -m experiments.export --workdir={folder} --format=hf --out={folder}/merged"]
+        commands.append(f"{python} -m experiments.generate --workdir={folder} --prompt={prompt!r}")
+    return [*commands, f"{python} -m experiments.export --workdir={folder} --format=hf --out={folder}/merged"]
 
 
 if __name__ == "__main__":
