@@ -9,9 +9,10 @@ import pytest
 
 from lora_jax import tiny, trees
 from lora_jax.errors import UserError
-from lora_jax.models import load_pretrained
+from lora_jax.models import from_config, load_pretrained, rotary
 from lora_jax.tiny import card, pretrain, rows, stories, topics
 from lora_jax.tiny.grammar import SIZES, announce, announcements, as_jsonl, documents
+from lora_jax.tiny.start import with_previous_token_heads
 from lora_jax.tiny.words import Draw
 
 LIMIT = 5_000_000  # bytes, of all that is shipped
@@ -175,3 +176,44 @@ def test_the_model_is_trained_and_copies():
     text = (tiny.path() / "README.md").read_text()
     assert f"{measured['text_loss']:.3f} nats" in text and f"{measured['echo_accuracy']:.1%} of repeated" in text
     assert measured["echo_accuracy"] > 0.9
+
+
+def test_the_recipe_makes_the_shipped_tokenizer():
+    assert (
+        pretrain.make_tokenizer(pretrain.Recipe()).to_str(pretty=True) == (tiny.path() / "tokenizer.json").read_text()
+    )
+
+
+def test_the_card_records_the_recipe_as_it_is():
+    text = (tiny.path() / "README.md").read_text()
+    recorded = json.loads(text.split("```json\n", 1)[1].split("```", 1)[0])
+    assert pretrain.Recipe(**recorded) == pretrain.Recipe()
+
+
+def test_the_first_two_heads_look_one_and_two_tokens_back():
+    recipe = pretrain.Recipe()
+    base = from_config(pretrain.config(recipe), 0)
+    flat = trees.flatten(with_previous_token_heads(base.variables, base.config))
+    x_TxD = flat["embed_tokens/embedding"][rows.echoes(0, 1, 64, recipe.vocabulary)[0]]
+    x_TxD = x_TxD / np.sqrt(np.square(x_TxD).mean(1, keepdims=True))
+    angles = rotary.tables(base.config.rope, 32, np.arange(64)[None])
+    q, k = (x_TxD @ flat[f"layers_0/self_attn/{n}_proj/kernel"] for n in "qk")
+    q, k = (np.asarray(rotary.rotate(y.reshape(1, 64, -1, 32), *angles))[0] for y in (q, k))
+    for head, distance in enumerate((1, 2)):
+        scores = np.where(np.tri(64, dtype=bool), q[:, head] @ k[:, 0].T, -np.inf)
+        at = scores.argmax(1)[distance:]
+        assert (at == np.arange(64 - distance)).mean() > 0.8, head
+
+
+def test_a_small_recipe_builds_a_directory_that_loads(tmp_path):
+    """The whole path of `python -m lora_jax.tiny.pretrain`: text of 300 tokens falls well under log 300 = 5.7 nats."""
+    recipe = pretrain.Recipe(
+        steps=40, echo_steps=4, echo_length=16, batch=4, length=32, warmup=2, vocabulary=300, tokenizer_texts=50,
+        width=32, inner=32, layers=1, heads=4, kv_heads=2, learning_rate=1e-2,
+    )  # fmt: skip
+    measured = pretrain.build(tmp_path, recipe)
+    base = load_pretrained(tmp_path, dtype="float16")
+    assert trees.count(base.variables) == measured["parameters"]
+    assert measured["text_loss"] < 5.0
+    assert card.recorded(tmp_path) == {name: card.sha256(tmp_path / name) for name in card.FILES}
+    assert base.variables["params"]["norm"]["scale"].dtype == np.float16
