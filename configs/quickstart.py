@@ -16,13 +16,10 @@ def get_config():
     cfg.adapter.method = "lora"
     cfg.adapter.rank = 8
     cfg.adapter.alpha = 16
-    cfg.train.steps = 200
-    cfg.train.batch_size = 32
-    cfg.train.learning_rate = 5e-3
-    cfg.train.eval_every = 100
     cfg.train.steps = 300
     cfg.train.batch_size = 16
     cfg.train.learning_rate = 1e-2
     cfg.train.schedule = "cosine"
+    cfg.train.eval_every = 100
     cfg.generate.score = 64
     return cfg
