@@ -5,6 +5,10 @@
 
 The embedded decoder was pretrained on one generated domain; the run adapts it to another one and shows dev loss, exact
 match and generations before and after. Nothing is downloaded.
+
+Result (jax 0.10.2, 2 CPU cores, measured 2026-11-21, two runs, equal to the last digit shown): dev loss 6.165 ->
+0.01156, exact match on 64 dev prompts 0 -> 0.906; 75 s of training, 101 s in all. It depends on the settings: 300 steps
+of batch 16 at 1e-2 (cosine) reached 0.578 with this seed.
 """
 
 from lora_jax import config
@@ -16,10 +20,9 @@ def get_config():
     cfg.adapter.method = "lora"
     cfg.adapter.rank = 8
     cfg.adapter.alpha = 16
-    cfg.train.steps = 300
-    cfg.train.batch_size = 16
-    cfg.train.learning_rate = 1e-2
-    cfg.train.schedule = "cosine"
+    cfg.train.steps = 200
+    cfg.train.batch_size = 32
+    cfg.train.learning_rate = 5e-3
     cfg.train.eval_every = 100
     cfg.generate.score = 64
     return cfg
