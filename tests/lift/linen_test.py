@@ -78,7 +78,7 @@ def test_stack_of_one_layer():
     assert axes(sites)["layers/up/kernel"] == STACKED
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_ranks_by_layer_equal_the_unrolled_model(axis):
     """A stack with ranks by layer computes what separate layers with those ranks compute."""
     stacked, unrolled, x = Stack(axis=axis, length=2), Loop(), weights(5, 6)

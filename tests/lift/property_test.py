@@ -140,7 +140,7 @@ def run(layers):
 
 
 @given(networks())
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=7, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_lifted_equals_merged_on_random_networks(layers):
     run(layers)
 
