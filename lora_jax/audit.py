@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lora_jax import trees
 from lora_jax.adapters import Adapter
+from lora_jax.adapters.base import is_shared
 from lora_jax.errors import UserError
 from lora_jax.lift import lift
 from lora_jax.sites import Sites, parse_patterns
@@ -104,13 +105,18 @@ def audit(
     trained, stored = _count(delta, mask)
     if not delta or not any(trained.values()):
         raise UserError(f"the adapter {adapter.spec.get('method')!r} trains nothing: it selected {len(delta)} sites")
-    idle = [path for path in delta if not sites[path].uses]
+    idle = [path for path in delta if not is_shared(path) and not sites[path].uses]
     if idle:
         raise UserError(
             f"the function never uses {', '.join(map(repr, idle[:5]))}, so adapting it does nothing; "
             "leave it out of the targets"
         )
-    difference = None if function is None else _difference(adapter, dict(delta), variables, function, args, kwargs)
+    compare = function is not None and adapter.starts_as_base
+    difference = (
+        None
+        if function is None or not compare
+        else _difference(adapter, dict(delta), variables, function, args, kwargs)
+    )
     rows = _rows(adapter.spec, delta, sites, trained)
     return Audit(rows, sum(trained.values()), sum(stored.values()), trees.count(variables), difference, notes)
 
@@ -159,6 +165,10 @@ def _difference(adapter: Adapter, delta: Any, variables: Any, function: Callable
 def _rows(spec: Mapping, delta: Mapping[str, Any], sites: Sites, trained: Mapping[str, int]) -> tuple[Row, ...]:
     groups: dict[tuple, list[str]] = {}
     for path, one in delta.items():
+        if is_shared(path):
+            shapes = [x.shape for x in jax.tree_util.tree_leaves(one)]
+            groups[path, shapes[0], _what(one), "shared by all sites"] = [path]
+            continue
         alike = re.sub(r"(^|[_/])\d+(?=/|$)", r"\1*", path) if sites[path].layer is not None else path
         groups.setdefault((alike, sites[path].shape, _what(one), _rule(spec, one.member, path, sites)), []).append(path)
     return tuple(

@@ -7,11 +7,10 @@
     spec                                 -> JSON         rebuilds the adapter
 
 A delta is a dictionary from site path to an entry: a small registered dataclass with float arrays as leaves and the
-site's
-axes as static fields. An entry's class says in `layout` which axes of its weight each array runs along; sharding and
-stacked layers follow from that. `per_site` makes the five functions of what a method does to one site, which is all
-that
-most method files contain.
+site's axes as static fields. An entry's class says in `layout` which axes of its weight each array runs along;
+sharding and stacked layers follow from that. A key that begins with `@` names an entry that belongs to no site: arrays
+that several sites share, or virtual tokens. `per_site` makes the five functions of what a method does to one site,
+which is all that most method files contain.
 """
 
 import dataclasses
@@ -27,6 +26,7 @@ from lora_jax.errors import UserError, nearest
 from lora_jax.lift.weight import AdaptedWeight, Axes, is_adapted
 from lora_jax.sites import Site, Sites
 
+SHARED = "@"  # first letter of the keys of a delta that name no site
 Delta = dict[str, Any]
 Tree = Any
 
@@ -44,7 +44,9 @@ class Adapter(NamedTuple):
       trainable: `delta -> tree of bool` of the same structure.
       spec: JSON that `from_spec` rebuilds the adapter from.
       penalty: `delta -> scalar` added to the loss, or None.
-      wrap: `optax transformation -> optax transformation`, or None.
+      wrap: `optax transformation -> optax transformation`, or None: it sees the raw gradients and edits the updates.
+      starts_as_base: whether the first output is promised to be the base's.
+      moments: whether `init` needs `batch`: `{path: (fan_in, fan_in) second moments of the site's input}`.
     """
 
     init: Callable[..., Delta]
@@ -54,6 +56,8 @@ class Adapter(NamedTuple):
     spec: dict[str, Any]
     penalty: Callable[[Delta], jax.Array] | None = None
     wrap: Callable[[Any], Any] | None = None
+    starts_as_base: bool = True
+    moments: bool = False
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -77,41 +81,71 @@ class Entry:
     member: str
 
 
+class Place(NamedTuple):
+    """Where an entry is put.
+
+    Attributes:
+      path: of the site.
+      key: folded with the path, or None: dropout is off.
+      scale: what replaces the method's own scale here, or None.
+      leaves: everything else that stands in the tree, by path.
+      shared: the delta's entries that belong to no site, by name without the `@`.
+    """
+
+    path: str
+    key: Any
+    scale: Any
+    leaves: Mapping[str, Any]
+    shared: Mapping[str, Any]
+
+
 def per_site(
     spec: dict[str, Any],
     *,
     choose: Callable[[Sites], Mapping[str, Any]],
-    make: Callable[[jax.Array, Any, Site, Any], Any],
-    weight: Callable[..., Any],
+    make: Callable[..., Any],
+    weight: Callable[[Any, Any, Place], Any],
     trainable: Callable[[Any], Any] | None = None,
+    share: Callable[..., Mapping[str, Any]] | None = None,
+    **more: Any,
 ) -> Adapter:
     """An adapter that acts on every site by itself.
 
     Args:
       spec: the JSON that rebuilds it.
       choose: sites -> `{path: option}`, the selection and what it says about each site (a rank, flags, ...).
-      make: (key folded with the path, base weight, site, option) -> entry.
-      weight: (base weight, entry, path=, key=, scale=) -> what stands at the site: an adapted weight or an array.
-      trainable: entry -> the same entry with booleans; None: everything trains.
+      make: (key folded with the path, base weight, site, option) -> entry; with `moments`, also the site's moments.
+      weight: (base weight, entry, place) -> what stands at the site: an adapted weight or an array; or
+        `{path: such}` where a method puts something elsewhere (at the layer's bias).
+      trainable: entry -> the same entry with booleans; None: everything of a site trains, what is shared does not.
+      share: (key, sites, chosen) -> `{name: entry}`, what the sites share.
+      **more: further fields of `Adapter`.
     """
 
     def init(key, variables, sites, *, batch=None):
-        del batch
-        leaves = trees.flatten(variables)
+        leaves = trees.flatten(variables, is_leaf=is_adapted)
         chosen = choose(sites)
         check_paths(chosen, leaves)
-        return {p: make(trees.fold_path(key, p), leaves[p], sites[p], option) for p, option in chosen.items()}
+        seen = _moments(spec, chosen, batch) if more.get("moments") else {}
+        extra = {} if share is None else share(trees.fold_path(key, SHARED), sites, chosen)
+        delta = {SHARED + name: one for name, one in extra.items()}
+        for path, option in chosen.items():
+            delta[path] = make(trees.fold_path(key, path), leaves[path], sites[path], option, *seen.get(path, ()))
+        return delta
 
     def place(variables, delta, key, scale):
         key = typed_key(key)
         leaves = trees.flatten(variables, is_leaf=is_adapted)
-        check_paths(delta, leaves)
+        shared = {path.removeprefix(SHARED): one for path, one in delta.items() if is_shared(path)}
+        own = {path: one for path, one in delta.items() if not is_shared(path)}
+        check_paths(own, leaves)
         new = {}
-        for path, one in delta.items():
+        for path, one in own.items():
             own_key = None if key is None else trees.fold_path(key, path)
             own_scale = scale.get(path) if isinstance(scale, Mapping) else scale
             check_fits(path, one, leaves[path])
-            new[path] = weight(leaves[path], one, path=path, key=own_key, scale=own_scale)
+            put = weight(leaves[path], one, Place(path, own_key, own_scale, leaves, shared))
+            new.update(put if isinstance(put, dict) else {path: put})
         return new
 
     def bind(variables, delta, *, key=None, scale=None):
@@ -123,10 +157,55 @@ def per_site(
         return trees.replace(variables, dense, is_leaf=is_adapted)
 
     def mask(delta):
-        all_true = lambda one: jax.tree_util.tree_map(lambda _: True, one)  # noqa: E731
-        return {path: (trainable or all_true)(one) for path, one in delta.items()}
+        fill = lambda value: lambda one: jax.tree_util.tree_map(lambda _: value, one)  # noqa: E731
+        return {path: (fill(False) if is_shared(path) else trainable or fill(True))(one) for path, one in delta.items()}
 
-    return Adapter(init, bind, merge, mask, spec)
+    return Adapter(init, bind, merge, mask, spec, **more)
+
+
+def is_shared(path: str) -> bool:
+    """True for the key of an entry that belongs to no site."""
+    return path.startswith(SHARED)
+
+
+def _moments(spec: Mapping, chosen: Mapping[str, Any], batch: Any) -> dict[str, tuple]:
+    missing = [path for path in chosen if path not in (batch or {})]
+    if missing:
+        raise UserError(
+            f"the method {spec['method']!r} starts from data: give init(..., batch=lj.input_moments(function, "
+            f"variables, paths, *args)); there are no moments for {missing[0]!r}"
+        )
+    return {path: (batch[path],) for path in chosen}
+
+
+def only(*names: str) -> Callable[[Any], Any]:
+    """For `per_site(trainable=...)`: the named fields train, the others are stored."""
+
+    def mask(one):
+        fields = {f.name: getattr(one, f.name) for f in dataclasses.fields(one)}
+        arrays = {n: v for n, v in fields.items() if isinstance(v, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))}
+        return dataclasses.replace(one, **{name: name in names for name in arrays})
+
+    return mask
+
+
+def bias_axes(site: Site, sites: Sites) -> tuple[str, tuple[int, ...]] | tuple[None, tuple]:
+    """Where the layer's bias is, and which of its axes are batch axes: (path, axes), or (None, ()) without one.
+
+    The other axes run along the site's fan_out, in its order.
+    """
+    if site.bias is None:
+        return None, ()
+    bias = sites[site.bias]
+    own = bias.batch if len(bias.batch) == len(site.batch) else tuple(range(len(site.batch)))
+    rest = tuple(n for i, n in enumerate(bias.shape) if i not in own)
+    fits = rest == site.dims(site.fan_out) and bias.dims(own) == site.dims(site.batch)
+    return (site.bias, own) if fits else (None, ())
+
+
+def bias_layout(batch: Sequence[int], ndim: int) -> Axes:
+    """The axes of a bias with these batch axes."""
+    return Axes(tuple(batch), (), tuple(i for i in range(ndim) if i not in batch))
 
 
 def typed_key(key: Any) -> Any:

@@ -4,10 +4,12 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import optax
 
 from lora_jax import trees
-from lora_jax.adapters.base import Adapter
+from lora_jax.adapters.base import SHARED, Adapter, is_shared
 from lora_jax.errors import UserError
+from lora_jax.lift.weight import is_adapted
 
 
 def chain(*adapters: Adapter) -> Adapter:
@@ -31,10 +33,12 @@ def chain(*adapters: Adapter) -> Adapter:
         delta: dict[str, Any] = {}
         for i, adapter in enumerate(adapters):
             for path, one in adapter.init(key, variables, sites, batch=batch).items():
+                path = _outer(path, i)
                 if path in delta:
                     raise UserError(f"two adapters of a chain select {path!r}; narrow the targets of one of them")
                 delta[path] = dataclasses.replace(one, member=f"{i}.{one.member}" if one.member else str(i))
-        return {path: delta[path] for path in trees.flatten(variables) if path in delta}
+        order = [*filter(is_shared, delta), *trees.flatten(variables, is_leaf=is_adapted)]
+        return {path: delta[path] for path in order if path in delta}
 
     def part(delta, i):
         own = {}
@@ -45,8 +49,16 @@ def chain(*adapters: Adapter) -> Adapter:
                     f"the delta at {path!r} (member {one.member!r}) is not of this chain of {len(adapters)}"
                 )
             if head == str(i):
-                own[path] = dataclasses.replace(one, member=rest)
+                own[_inner(path, i)] = dataclasses.replace(one, member=rest)
         return own
+
+    def whole(delta, parts):
+        """Puts the parts' values back under the keys and members of the whole delta."""
+        out = {}
+        for path, one in delta.items():
+            i = int(one.member.partition(".")[0])
+            out[path] = dataclasses.replace(parts[i][_inner(path, i)], member=one.member)
+        return out
 
     def bind(variables, delta, *, key=None, scale=None):
         for i, adapter in enumerate(adapters):
@@ -59,17 +71,49 @@ def chain(*adapters: Adapter) -> Adapter:
         return variables
 
     def trainable(delta):
-        masks = {}
-        for i, adapter in enumerate(adapters):
-            masks.update(adapter.trainable(part(delta, i)))
-        return {p: dataclasses.replace(masks[p], member=delta[p].member) for p in delta}
+        return whole(delta, [a.trainable(part(delta, i)) for i, a in enumerate(adapters)])
 
     penalties = [(i, a.penalty) for i, a in enumerate(adapters) if a.penalty]
-    wraps = [a.wrap for a in adapters if a.wrap]
-    if wraps:
-        raise UserError("chain() cannot hold an adapter that edits its own updates; use it alone")
 
     def penalty(delta):
         return jnp.sum(jnp.stack([p(part(delta, i)) for i, p in penalties]))
 
-    return Adapter(init, bind, merge, trainable, spec, penalty if penalties else None)
+    def wrap(tx):
+        """The members edit the updates of the one optimizer, each those of its own part."""
+
+        def init(params):
+            return tx.init(params), [w(_replay(None)).init(part(params, i)) for i, w in edited]
+
+        def update(grads, state, params=None, **extra):
+            updates, inner = tx.update(grads, state[0], params, **extra)
+            parts, states = [part(updates, i) for i in range(len(adapters))], []
+            for (i, member), own in zip(edited, state[1], strict=True):
+                edit = member(_replay(parts[i]))
+                parts[i], own = edit.update(part(grads, i), own, part(params, i))
+                states.append(own)
+            return whole(updates, parts), (inner, states)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    edited = [(i, a.wrap) for i, a in enumerate(adapters) if a.wrap]
+    return Adapter(
+        init, bind, merge, trainable, spec,
+        penalty=penalty if penalties else None,
+        wrap=wrap if edited else None,
+        starts_as_base=all(a.starts_as_base for a in adapters),
+        moments=any(a.moments for a in adapters),
+    )  # fmt: skip
+
+
+def _outer(path: str, i: int) -> str:
+    """Two members may share arrays under one name."""
+    return f"{SHARED}{i}:{path.removeprefix(SHARED)}" if is_shared(path) else path
+
+
+def _inner(path: str, i: int) -> str:
+    return SHARED + path.removeprefix(f"{SHARED}{i}:") if is_shared(path) else path
+
+
+def _replay(updates: Any) -> optax.GradientTransformation:
+    """A transformation whose updates are there already."""
+    return optax.GradientTransformation(lambda params: (), lambda grads, state, params=None: (updates, state))

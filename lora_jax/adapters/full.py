@@ -4,6 +4,7 @@ Each selected weight is trained in place as a float32 copy, so updates far below
 function sees it in the base's dtype. Of a stacked weight only the selected layers are copied and trained.
 """
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -58,21 +59,29 @@ def in_place(spec: dict, choose: Any) -> Adapter:
         value = jnp.take(leaf, jnp.asarray(kept), axis=axis).astype(jnp.float32)
         return Full(value=value, axes=Axes.of(site), kept=kept, layer_axis=axis)
 
-    def weight(base, one, *, path, key, scale):
-        del key, scale
-        if isinstance(base, AdaptedWeight):
-            base = base.dense()
+    def weight(base, one, place):
         expected = list(base.shape)
         if one.kept is not None:
             expected[one.layer_axis] = len(one.kept)
         if list(one.value.shape) != expected:
             raise UserError(
-                f"the trained copy of shape {tuple(one.value.shape)} does not fit the weight {path!r} of shape "
+                f"the trained copy of shape {tuple(one.value.shape)} does not fit the weight {place.path!r} of shape "
                 f"{tuple(base.shape)}: was it made for another base?"
             )
-        if one.kept is None:
-            return one.value.astype(base.dtype)
-        where = (slice(None),) * one.layer_axis + (jnp.asarray(one.kept),)
-        return base.at[where].set(one.value.astype(base.dtype))
+        return _below(base, lambda array: _written(array, one))
 
     return per_site(spec, choose=choose, make=make, weight=weight)
+
+
+def _below(base: Any, write: Any) -> Any:
+    """Writes the frozen array below whatever another adapter has put on it."""
+    if isinstance(base, AdaptedWeight):
+        return dataclasses.replace(base, base=_below(base.base, write))
+    return write(base)
+
+
+def _written(base: Any, one: Full) -> Any:
+    if one.kept is None:
+        return one.value.astype(base.dtype)
+    where = (slice(None),) * (one.layer_axis or 0) + (jnp.asarray(one.kept),)
+    return base.at[where].set(one.value.astype(base.dtype))

@@ -10,7 +10,6 @@ that a row that is looked up trains at once.
 
 import dataclasses
 import math
-import string
 from typing import Any, ClassVar
 
 import jax
@@ -19,8 +18,8 @@ import numpy as np
 
 from lora_jax.adapters.base import Adapter, Entry, batch_dims, draw, entry, json_ready, per_batch, per_site
 from lora_jax.errors import UserError, did_you_mean
-from lora_jax.lift.products import Conv, Dot, Take
-from lora_jax.lift.weight import AdaptedWeight, Axes, NotStructural, register
+from lora_jax.lift.nodes import LowRankWeight
+from lora_jax.lift.weight import Axes, register
 from lora_jax.sites import Site, Sites, in_layers, parse_rules, select
 
 INITS = ("default", "gaussian", "a_zero")
@@ -52,57 +51,17 @@ class LoRA(Entry):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRAWeight(AdaptedWeight):
-    """`base + scale * a b`, multiplied in factored form."""
+class LoRAWeight(LowRankWeight):
+    """`base + scale * a b`."""
 
     a: Any
     b: Any
     scale: Any
-    key: Any = None
-    dropout: float = 0.0
-    layout: ClassVar = {**LoRA.layout, "scale": ("batch",), "key": ("batch",)}
+    layout: ClassVar = {**LowRankWeight.layout, **LoRA.layout, "scale": ("batch",)}
 
-    def scaled_b(self) -> jax.Array:
-        """scale * b: the scale is applied to the smallest array, in float32."""
-        return self.b * self.scale.reshape(self.scale.shape + (1,) * (self.b.ndim - self.scale.ndim))
-
-    def dropped(self, x: jax.Array) -> jax.Array:
-        """The activation as the A factor sees it: with dropout on while a key is bound (PEFT's `lora_dropout`)."""
-        if self.key is None or self.dropout == 0.0:
-            return x
-        keep = 1.0 - self.dropout
-        kept = jax.random.bernoulli(self.key.reshape(-1)[0], keep, x.shape)
-        return jnp.where(kept, x / max(keep, 1e-12), 0).astype(x.dtype)
-
-    def dense(self) -> jax.Array:
-        base = self.base.dense() if isinstance(self.base, AdaptedWeight) else self.base
-        letters = string.ascii_letters
-        batch, fan_in, fan_out = ("".join(letters[i] for i in axes) for axes in self._roles())
-        out = letters[: len(self.shape)]
-        update = jnp.einsum(f"{batch}{fan_in}Z,{batch}Z{fan_out}->{out}", self.a, self.scaled_b())
-        return (base.astype(jnp.float32) + update).astype(base.dtype)
-
-    def dot_general(self, x: jax.Array, use: Dot) -> jax.Array:
-        y = use.apply(x, self.base)
-        return y + use.factored(self.dropped(x), self.a, self.scaled_b(), self.axes).astype(y.dtype)
-
-    def take(self, indices: jax.Array, use: Take) -> jax.Array:
-        a, b, axes = self.a, self.scaled_b(), self.axes
-        if (use.axis,) == axes.fan_out:  # the weight was first used the other way round
-            a, b = jnp.moveaxis(b, 0, -1), jnp.moveaxis(a, -1, 0)
-            axes = Axes(axes.batch, axes.fan_out, axes.fan_in)
-        if axes.batch or (use.axis,) != axes.fan_in:
-            raise NotStructural
-        y = use.apply(indices, self.base)
-        return y + use.factored(indices, a, b, axes, y.dtype)
-
-    def conv(self, x: jax.Array, use: Conv) -> jax.Array:
-        if use.groups > 1 or self.axes.batch or self.axes.fan_out != (use.out_axis,):
-            return use.apply(
-                x, self.dense()
-            )  # a grouped kernel is small, and its factors do not factor the convolution
-        y = use.apply(x, self.base)
-        return y + use.factored(self.dropped(x), self.a, self.scaled_b(), self.axes).astype(y.dtype)
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """The scale is applied to b, in float32."""
+        return self.a, self.b * self.scale.reshape(self.scale.shape + (1,) * (self.b.ndim - self.scale.ndim))
 
 
 register(LoRAWeight, meta=("dropout",))
@@ -151,13 +110,13 @@ def lora(
         ranks, scales = option
         return _make(key, site, ranks, scales, init)
 
-    def weight(base, one, *, path, key, scale):
+    def weight(base, one, place):
         batch = one.a.shape[: len(one.axes.batch)]
-        own = np.asarray(one.scales, np.float32).reshape(batch) if scale is None else scale
+        own = np.asarray(one.scales, np.float32).reshape(batch) if place.scale is None else place.scale
         own = jnp.broadcast_to(jnp.asarray(own, jnp.float32), batch)
-        keys = None if key is None or dropout == 0.0 else jax.random.split(key, batch)
+        keys = None if place.key is None or dropout == 0.0 else jax.random.split(place.key, batch)
         return LoRAWeight(
-            base=base, axes=one.axes, path=path, idle=_idle(one, batch),
+            base=base, axes=one.axes, path=place.path, idle=_idle(one, batch),
             a=one.a, b=one.b, scale=own, key=keys, dropout=dropout,
         )  # fmt: skip
 

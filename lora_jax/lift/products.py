@@ -1,93 +1,37 @@
-"""How an equation uses a weight: `Dot`, `Take`, `Conv`; and the low-rank product with its own derivative rule.
+"""How an equation uses a weight: `Dot`, `Take`, `Conv`.
 
 A `Dot` knows which axes of the weight are contracted, kept and shared, so a method can ask for "the same equation with
 these factors in place of the weight" in any orientation: forward, transposed (tied embeddings), per head, per expert.
 """
 
 import dataclasses
-import functools
-import math
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.lift.weight import AdaptedWeight, Axes
+from lora_jax.lift.low_rank import flat_low_rank
+from lora_jax.lift.weight import AdaptedWeight, Axes, NotStructural
 
 Array = jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def low_rank(x: Array, a: Array, b: Array, precision: Any = None) -> Array:
-    """Computes `(x a) b` without the transposed copies and the dense product that plain autodiff would make.
-
-    Args:
-      x: (*lead, *fan_in), the activation.
-      a: (*fan_in, rank), float32; cast to x's dtype in the product.
-      b: (rank, *fan_out), float32; likewise.
-      precision: of the products, as in `jax.lax.dot_general`.
-
-    Returns:
-      (*lead, *fan_out) in x's dtype. The gradients of a and b come out in float32, contracted over all leading
-      dimensions at once.
-    """
-    return _forward(x, a, b, precision)[0]
+def along(v: Array, positions: Sequence[int], ndim: int) -> Array:
+    """Lays an array along some axes of another one: dimension i of `v` at `positions[i]`, size one elsewhere."""
+    order = sorted(range(v.ndim), key=positions.__getitem__)
+    shape = [1] * ndim
+    for i in order:
+        shape[positions[i]] = v.shape[i]
+    return v.transpose(order).reshape(shape)
 
 
-def _contract(
-    x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int], precision: Any, dtype: Any = None
-) -> Array:
-    numbers = ((tuple(x_axes), tuple(y_axes)), ((), ()))
-    return lax.dot_general(x, y, numbers, precision=precision, preferred_element_type=dtype)
-
-
-def _forward(x, a, b, precision):
-    n_in = a.ndim - 1
-    z = _contract(x, a.astype(x.dtype), range(x.ndim - n_in, x.ndim), range(n_in), precision)
-    return _contract(z, b.astype(x.dtype), (z.ndim - 1,), (0,), precision), (x, z, a, b)
-
-
-def _backward(precision, residuals, dy):
-    x, z, a, b = residuals
-    lead, n_out = z.ndim - 1, b.ndim - 1
-    dy = dy.astype(x.dtype)
-    dz = _contract(dy, b.astype(x.dtype), range(dy.ndim - n_out, dy.ndim), range(1, b.ndim), precision)
-    db = _contract(z, dy, range(lead), range(lead), precision, jnp.float32)
-    da = _contract(x, dz, range(lead), range(lead), precision, jnp.float32)
-    dx = _contract(dz, a.astype(x.dtype), (dz.ndim - 1,), (a.ndim - 1,), precision)
-    return dx, da.astype(a.dtype), db.astype(b.dtype)
-
-
-low_rank.defvjp(_forward, _backward)
-
-
-def flat_low_rank(x: Array, a: Array, b: Array, precision: Any = None) -> Array:
-    """`low_rank` on operands flattened to matrices, which is faster on one device.
-
-    Under a mesh the operands keep their dimensions: merging a sharded with an unsharded one would cost all-gathers.
-    """
-    if not jax.sharding.get_abstract_mesh().empty:
-        return low_rank(*_varying_alike(x, a, b), precision)
-    lead = x.shape[: x.ndim - (a.ndim - 1)]
-    rank, out = b.shape[0], b.shape[1:]
-    # No -1 in the shapes: it cannot be told for an empty batch.
-    n_in, n_out = math.prod(a.shape[:-1]), math.prod(out)
-    y = low_rank(x.reshape(math.prod(lead), n_in), a.reshape(n_in, rank), b.reshape(rank, n_out), precision)
-    return y.reshape(*lead, *out)
-
-
-def _varying_alike(*arrays: Array) -> list[Array]:
-    """Marks all as varying over the manual axes that any of them varies over, which is nothing outside `shard_map`.
-
-    A derivative rule of one's own must return what varies as its input does; the sum over the other axes is the
-    transpose of the mark.
-    """
-    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    whole = frozenset().union(*axes)
-    return [x if own == whole else lax.pcast(x, tuple(whole - own), to="varying") for x, own in zip(arrays, axes)]
+def on_axes(x: Array, axes: Sequence[int], function: Callable[[Array], Array]) -> Array:
+    """Applies a function of the last axes to other ones, which stay where they are."""
+    last = list(range(x.ndim - len(axes), x.ndim))
+    return jnp.moveaxis(function(jnp.moveaxis(x, axes, last)), last, axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +80,77 @@ class Dot:
         free = free_w + free_x if self.weight_is_lhs else free_x + free_w
         return x, w, [w[j] for j in self.shared[1]] + free
 
+    def in_output(self, x_ndim: int, w_ndim: int) -> dict[int, int]:
+        """`{axis of the weight: axis of the output}` of what is kept or shared."""
+        _, w, out = self.letters(x_ndim, w_ndim)
+        return {j: out.index(letter) for j, letter in enumerate(w) if letter in out}
+
+    def scaled(self, x: Array, v: Array, axes: Sequence[int], product: Callable[[Array], Array], w_ndim: int) -> Array:
+        """The equation with the weight times a vector that runs along some of its axes, without that weight.
+
+        Args:
+          x: the activation.
+          v: float32, one dimension per entry of `axes`.
+          axes: of the weight: all contracted (or shared), or none contracted.
+          product: activation -> output, with the weight as it was.
+          w_ndim: number of the weight's axes.
+        """
+        into_x = dict(zip((*self.contract[1], *self.shared[1]), (*self.contract[0], *self.shared[0]), strict=True))
+        if all(a in into_x for a in axes):
+            return product(x * along(v, [into_x[a] for a in axes], x.ndim).astype(x.dtype))
+        out = self.in_output(x.ndim, w_ndim)
+        if not all(a in out for a in axes):
+            raise NotStructural
+        y = product(x)
+        return y * along(v, [out[a] for a in axes], y.ndim).astype(y.dtype)
+
+    def mapped(self, x: Array, axes: Axes, function: Callable[[Array], Array], back: Callable[[Array], Array]) -> Array:
+        """The equation with a linear map of the method's own in place of the weight.
+
+        Args:
+          x: the activation.
+          axes: of the weight; without batch axes.
+          function: (*lead, *fan_in) -> (*lead, *fan_out).
+          back: its transpose, (*lead, *fan_out) -> (*lead, *fan_in), for a use that contracts fan_out.
+
+        Raises:
+          NotStructural: a weight with batch axes, or contracted along anything but its fan_in or its fan_out.
+        """
+        if self.contracts(axes.fan_in, axes):
+            return self._last(x, axes.fan_in, axes.fan_out, function)
+        if self.contracts(axes.fan_out, axes):
+            return self._last(x, axes.fan_out, axes.fan_in, back)
+        raise NotStructural
+
+    def turned(
+        self, x: Array, axes: Axes, product: Callable[[Array], Array],
+        function: Callable[[Array], Array], back: Callable[[Array], Array],
+    ) -> Array:  # fmt: skip
+        """The equation with the weight turned along fan_in: `function` acts on the activation, or `back` on the output.
+
+        Args:
+          x: the activation.
+          axes: of the weight; without batch axes.
+          product: activation -> output, with the weight as it was.
+          function: (*lead, *fan_in) -> the same shape.
+          back: its transpose.
+
+        Raises:
+          NotStructural: as `mapped`.
+        """
+        if self.contracts(axes.fan_in, axes):
+            at = dict(zip(self.contract[1], self.contract[0], strict=True))
+            return product(on_axes(x, [at[w] for w in axes.fan_in], function))
+        if self.contracts(axes.fan_out, axes):
+            y = product(x)
+            out = self.in_output(x.ndim, len(axes.fan_in + axes.fan_out))
+            return on_axes(y, [out[w] for w in axes.fan_in], back)
+        raise NotStructural
+
+    def contracts(self, own: Sequence[int], axes: Axes) -> bool:
+        """True if the equation contracts exactly these axes of a weight without batch axes."""
+        return not self.shared[1] and not axes.batch and set(self.contract[1]) == set(own)
+
     def factored(self, x: Array, a: Array, b: Array, axes: Axes) -> Array:
         """The equation with the weight `a b` in place of the weight, never forming it.
 
@@ -148,23 +163,20 @@ class Dot:
         Returns:
           An array of the equation's output shape, in x's dtype.
         """
-        contracted, kept = set(self.contract[1]), None
-        if not self.shared[1] and not axes.batch:
-            if contracted == set(axes.fan_in):
-                kept = axes.fan_out
-                return self._matrix(x, a, b, axes.fan_in, kept)
-            if contracted == set(axes.fan_out):
-                a_out, b_out = jnp.moveaxis(a, -1, 0), jnp.moveaxis(b, 0, -1)
-                return self._matrix(x, b_out, a_out, axes.fan_out, axes.fan_in)
+        if self.contracts(axes.fan_in, axes):
+            return self._last(x, axes.fan_in, axes.fan_out, lambda x: flat_low_rank(x, a, b, self.precision))
+        if self.contracts(axes.fan_out, axes):
+            a_out, b_out = jnp.moveaxis(a, -1, 0), jnp.moveaxis(b, 0, -1)
+            return self._last(x, axes.fan_out, axes.fan_in, lambda x: flat_low_rank(x, b_out, a_out, self.precision))
         return self._einsum(x, a, b, axes)
 
-    def _matrix(self, x: Array, a: Array, b: Array, into: Sequence[int], out: Sequence[int]) -> Array:
+    def _last(self, x: Array, into: Sequence[int], out: Sequence[int], function: Callable[[Array], Array]) -> Array:
+        """Brings the contracted axes last, applies (*lead, *into) -> (*lead, *out), orders the axes as the equation."""
         pairs = dict(zip(self.contract[1], self.contract[0], strict=True))
         last = [pairs[w] for w in into]
         lead = [i for i in range(x.ndim) if i not in last]
-        y = flat_low_rank(x.transpose(*lead, *last), a, b, self.precision)
-        # y is (*lead, *out); the equation puts the weight's kept axes in ascending order, first if it is the left
-        # operand.
+        y = function(x.transpose(*lead, *last))
+        # The equation puts the weight's kept axes in ascending order, first if it is the left operand.
         n = len(lead)
         kept = [n + list(out).index(w) for w in sorted(out)]
         return y.transpose(*(kept + list(range(n)) if self.weight_is_lhs else list(range(n)) + kept))
@@ -193,6 +205,21 @@ class Take:
         if isinstance(weight, AdaptedWeight):
             return weight.take(indices, self)
         return self._gather(indices, weight, self.axis, self.offset_dims, self.fill_value)
+
+    def in_output(self, w_ndim: int) -> dict[int, int]:
+        """`{axis of the weight: axis of the output}` of what is kept."""
+        return dict(zip([w for w in range(w_ndim) if w != self.axis], self.offset_dims, strict=True))
+
+    def scaled(self, y: Array, indices: Array, v: Array, axes: Sequence[int], w_ndim: int) -> Array:
+        """The looked-up rows `y` times a vector that runs along some of the weight's axes."""
+        if tuple(axes) == (self.axis,):  # one number a row
+            rows = self._gather(indices, v, 0, (), None if self.fill_value is None else 0)
+            kept = set(self.offset_dims)
+            return y * along(rows, [i for i in range(y.ndim) if i not in kept], y.ndim).astype(y.dtype)
+        out = self.in_output(w_ndim)
+        if not all(a in out for a in axes):
+            raise NotStructural
+        return y * along(v, [out[a] for a in axes], y.ndim).astype(y.dtype)
 
     def _gather(self, indices: Array, weight: Array, axis: int, offset_dims: tuple[int, ...], fill: Any) -> Array:
         sizes = tuple(1 if i == axis else n for i, n in enumerate(weight.shape))
@@ -239,6 +266,16 @@ class Conv:
         """The kernel's output-feature axis."""
         return dict(self.params)["dimension_numbers"].rhs_spec[0]
 
+    def feature(self) -> int:
+        """The output's feature axis."""
+        return dict(self.params)["dimension_numbers"].out_spec[1]
+
+    def scaled(self, y: Array, v: Array, axes: Sequence[int]) -> Array:
+        """The output `y` times a vector along the kernel's output features."""
+        if tuple(axes) != (self.out_axis,):
+            raise NotStructural
+        return y * along(v, [self.feature()], y.ndim).astype(y.dtype)
+
     def apply(self, x: Array, weight: Any) -> Array:
         """The convolution with another kernel of the same shape."""
         if isinstance(weight, AdaptedWeight):
@@ -257,5 +294,5 @@ class Conv:
         order = [*axes.fan_in, *axes.fan_out]
         kernel = a.astype(x.dtype).transpose(*(order.index(i) for i in range(len(order))))
         z = lax.conv_general_dilated(x, kernel, **dict(self.params))
-        feature = dict(self.params)["dimension_numbers"].out_spec[1]
+        feature = self.feature()
         return jnp.moveaxis(jnp.tensordot(z, b.astype(z.dtype), axes=((feature,), (0,))), -1, feature)

@@ -66,6 +66,16 @@ def _conv(operands, params):
     return [kernel.conv(x, Conv(tuple((name, params[name]) for name in _CONV)))]
 
 
+@rule("add")
+@rule("add_any")
+def _add(operands, params):
+    del params
+    weights = [v for v in operands if is_adapted(v)]
+    if len(weights) != 1 or not hasattr(weights[0], "add"):
+        raise NotStructural
+    return [weights[0].add(operands[0] if operands[1] is weights[0] else operands[1])]
+
+
 @rule("convert_element_type")
 def _convert(operands, params):
     return [operands[0].astype(params["new_dtype"])]
