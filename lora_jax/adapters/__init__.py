@@ -14,7 +14,7 @@ __all__ = ["Adapter", "Delta", "from_spec", "get", "methods", "options"]
 
 def methods() -> list[str]:
     """Names of all methods."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base")
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base" and not m.ispkg)
 
 
 def get(name: str) -> Callable[..., Adapter]:

@@ -102,7 +102,7 @@ class Place(NamedTuple):
 def per_site(
     spec: dict[str, Any],
     *,
-    choose: Callable[[Sites], Mapping[str, Any]],
+    choose: Callable[..., Mapping[str, Any]],
     make: Callable[..., Any],
     weight: Callable[[Any, Any, Place], Any],
     trainable: Callable[[Any], Any] | None = None,
@@ -113,7 +113,8 @@ def per_site(
 
     Args:
       spec: the JSON that rebuilds it.
-      choose: sites -> `{path: option}`, the selection and what it says about each site (a rank, flags, ...).
+      choose: sites -> `{path: option}`, the selection and what it says about each site (a rank, flags, ...); with
+        `moments` it is called again with them and may choose otherwise.
       make: (key folded with the path, base weight, site, option) -> entry; with `moments`, also the site's moments.
       weight: (base weight, entry, place) -> what stands at the site: an adapted weight or an array; or
         `{path: such}` where a method puts something elsewhere (at the layer's bias).
@@ -127,6 +128,7 @@ def per_site(
         chosen = choose(sites)
         check_paths(chosen, leaves)
         seen = _moments(spec, chosen, batch) if more.get("moments") else {}
+        chosen = choose(sites, batch) if seen else chosen
         extra = {} if share is None else share(trees.fold_path(key, SHARED), sites, chosen)
         delta = {SHARED + name: one for name, one in extra.items()}
         for path, option in chosen.items():

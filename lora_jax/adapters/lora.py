@@ -1,33 +1,37 @@
 """LoRA: `W + scale * A B`, with A and B the only trained arrays.
 
 Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen (2021), "LoRA: Low-Rank Adaptation of Large Language Models",
-arXiv:2106.09685, eq. 3. `scaling='alpha/sqrt(r)'` is rsLoRA: Kalajdzievski (2023), arXiv:2312.03732.
+arXiv:2106.09685, eq. 3. `scaling='alpha/sqrt(r)'` is rsLoRA: Kalajdzievski (2023), arXiv:2312.03732. `freeze_a` is
+LoRA-FA: Zhang et al. (2023), arXiv:2308.03303 (without the preconditioned gradient of PEFT's optimizer of that name).
 
 A is (*fan_in, rank), B is (rank, *fan_out), for weights of any number of axes. As in PEFT, A is drawn uniformly within
 1/sqrt(fan_in) (the paper draws a Gaussian: `init='gaussian'`) and B is zero; for an embedding the roles are swapped, so
-that a row that is looked up trains at once.
+that a row that is looked up trains at once. Inits from the weight (`pissa`, `olora`) leave the base as it is:
+the first update is kept in the delta and subtracted, so the output starts as the base's up to rounding.
 """
 
 import dataclasses
-import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lora_jax.adapters.base import Adapter, Entry, batch_dims, draw, entry, json_ready, per_batch, per_site
-from lora_jax.errors import UserError, did_you_mean
+from lora_jax.adapters.base import Adapter, Entry, entry, json_ready, only, per_site
+from lora_jax.adapters.parts import inits
+from lora_jax.adapters.parts.ranks import (
+    SCALINGS,
+    check_dropout,
+    check_word,
+    choose_ranks,
+    idle,
+    keys_at,
+    scale_at,
+    times,
+)  # fmt: skip
 from lora_jax.lift.nodes import LowRankWeight
 from lora_jax.lift.weight import Axes, register
-from lora_jax.sites import Site, Sites, in_layers, parse_rules, select
-
-INITS = ("default", "gaussian", "a_zero")
-SCALINGS = {
-    "alpha/r": lambda alpha, r: alpha / r,
-    "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r),
-    "alpha": lambda alpha, r: alpha,
-}
+from lora_jax.sites import Sites
 
 
 @entry(meta=("ranks", "scales"))
@@ -37,6 +41,7 @@ class LoRA(Entry):
     Attributes:
       a: (*batch, *fan_in, rank) float32.
       b: (*batch, rank, *fan_out) float32.
+      a0, b0: factors of an update that is subtracted (an init away from zero), never trained; or None.
       ranks: rank of each batch index; columns beyond it are zero in both factors, a fixed point of the optimizers.
       scales: scale of each batch index.
     """
@@ -46,22 +51,32 @@ class LoRA(Entry):
     axes: Axes
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
+    a0: Any = None
+    b0: Any = None
     member: str = ""
-    layout: ClassVar = {"a": ("batch", "fan_in", "rank"), "b": ("batch", "rank", "fan_out")}
+    layout: ClassVar = {
+        "a": ("batch", "fan_in", "rank"), "b": ("batch", "rank", "fan_out"),
+        "a0": ("batch", "fan_in", "rank"), "b0": ("batch", "rank", "fan_out"),
+    }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAWeight(LowRankWeight):
-    """`base + scale * a b`."""
+    """`base + scale * (a b - a0 b0)`."""
 
     a: Any
     b: Any
     scale: Any
+    a0: Any = None
+    b0: Any = None
     layout: ClassVar = {**LowRankWeight.layout, **LoRA.layout, "scale": ("batch",)}
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """The scale is applied to b, in float32."""
-        return self.a, self.b * self.scale.reshape(self.scale.shape + (1,) * (self.b.ndim - self.scale.ndim))
+        if self.a0 is None:
+            return self.a, times(self.b, self.scale)
+        a = jnp.concatenate([self.a, self.a0], axis=-1)
+        return a, times(jnp.concatenate([self.b, -self.b0], axis=len(self.axes.batch)), self.scale)
 
 
 register(LoRAWeight, meta=("dropout",))
@@ -76,6 +91,7 @@ def lora(
     dropout: float = 0.0,
     scaling: str = "alpha/r",
     init: str = "default",
+    freeze_a: bool = False,
 ) -> Adapter:
     """Low-rank adaptation.
 
@@ -87,138 +103,50 @@ def lora(
       layers: 'all', 'last:k', 'first:k', or a list of layer indices.
       dropout: of the activation before A, in [0, 1]; on where `bind` is given a key.
       scaling: 'alpha/r', 'alpha/sqrt(r)' (rsLoRA) or 'alpha'.
-      init: 'default' (A uniform, B zero), 'gaussian' (A ~ N(0, 1/rank**2), B zero) or 'a_zero' (A zero, B uniform).
+      init: 'default' (A uniform, B zero), 'gaussian' (A ~ N(0, 1/rank**2), B zero), 'a_zero' (A zero, B uniform),
+        'orthogonal' (both non-zero, product zero), 'pissa', 'olora' (from the weight), 'eva' (from data: `init` needs
+        `batch`, and the ranks are shared out between sites by the variance they explain).
+      freeze_a: only B trains (LoRA-FA).
 
     Returns:
-      An Adapter. Its first output equals the base's exactly.
+      An Adapter. Its first output equals the base's, exactly for default, gaussian and a_zero, else up to rounding.
 
     Raises:
       UserError: a rule that matches nothing, rank 0 everywhere or above min(fan_in, fan_out), a bad option.
     """
-    _check_options(dropout, scaling, init)
+    check_dropout(dropout)
+    check_word("lora", "scaling", scaling, SCALINGS)
+    check_word("lora", "init", init, inits.INITS)
+    check_word("lora", "freeze_a", freeze_a, (True, False))
     spec = json_ready(
         method="lora", rank=rank, alpha=alpha, targets=targets, layers=layers,
-        dropout=dropout, scaling=scaling, init=init,
+        dropout=dropout, scaling=scaling, init=init, freeze_a=freeze_a,
     )  # fmt: skip
 
-    def choose(sites: Sites):
-        flags = in_layers(sites, select(sites, targets, default_targets(sites)), layers)
-        return {p: v for p, v in _ranks_and_scales(sites, flags, rank, alpha, scaling).items() if any(v[0])}
+    def choose(sites: Sites, moments: Mapping | None = None):
+        ranks = choose_ranks(
+            sites, method="lora", targets=targets, layers=layers, rank=rank, alpha=alpha, scaling=scaling
+        )
+        return ranks if moments is None else inits.share_out(ranks, moments, sites, scaling)
 
-    def make(key, leaf, site, option):
-        del leaf
-        ranks, scales = option
-        return _make(key, site, ranks, scales, init)
+    def make(key, leaf, site, option, moments=None):
+        return start(key, leaf, site, option, init, moments)
 
     def weight(base, one, place):
-        batch = one.a.shape[: len(one.axes.batch)]
-        own = np.asarray(one.scales, np.float32).reshape(batch) if place.scale is None else place.scale
-        own = jnp.broadcast_to(jnp.asarray(own, jnp.float32), batch)
-        keys = None if place.key is None or dropout == 0.0 else jax.random.split(place.key, batch)
         return LoRAWeight(
-            base=base, axes=one.axes, path=place.path, idle=_idle(one, batch),
-            a=one.a, b=one.b, scale=own, key=keys, dropout=dropout,
+            base=base, axes=one.axes, path=place.path, idle=idle(one), a=one.a, b=one.b, a0=one.a0, b0=one.b0,
+            scale=scale_at(one, place.scale), key=keys_at(one, place.key, dropout), dropout=dropout,
         )  # fmt: skip
 
-    return per_site(spec, choose=choose, make=make, weight=weight)
+    return per_site(
+        spec, choose=choose, make=make, weight=weight,
+        trainable=only("b") if freeze_a else only("a", "b"), moments=init in inits.DATA,
+    )  # fmt: skip
 
 
-def default_targets(sites: Sites) -> list[str]:
-    """Every matrix except embeddings and a task head."""
-    return [p for p, s in sites.items() if s.is_matrix and "embedding" not in s.uses and s.role != "head"]
-
-
-def _check_options(dropout: float, scaling: str, init: str) -> None:
-    if not 0.0 <= dropout <= 1.0:
-        raise UserError(f"dropout={dropout!r}: expected a number from 0 to 1")
-    for name, value, known in (("scaling", scaling, SCALINGS), ("init", init, INITS)):
-        if value not in known:
-            raise UserError(f"lora: {name}={value!r} is unknown; {did_you_mean(str(value), known)}")
-
-
-def _ranks_and_scales(sites: Sites, flags, rank, alpha, scaling):
-    paths = list(flags)
-    if not paths:
-        raise UserError(
-            f"lora finds nothing to adapt by itself: no product and no convolution uses any of the {len(sites)} "
-            "weights "
-            "(embeddings and a head do not count). Give targets"
-        )
-    not_matrix = [p for p in paths if not sites[p].is_matrix]
-    if not_matrix:
-        raise UserError(
-            f"lora needs weights that a product uses; {not_matrix[0]!r} of shape {sites[not_matrix[0]].shape} is not "
-            "one. "
-            "Narrow the targets, for example to '.*/kernel'"
-        )
-    ranks, alphas = parse_rules(rank, "rank", sites, paths), parse_rules(alpha, "alpha", sites, paths)
-    out = {}
-    for p in paths:
-        own = [
-            _check_rank(r, sites[p]) if keep else 0
-            for r, keep in zip(ranks[p], _spread(flags[p], ranks[p]), strict=True)
-        ]
-        scales = [SCALINGS[scaling](_number(a, "alpha"), r) if r else 0.0 for a, r in zip(alphas[p], own, strict=True)]
-        out[p] = (own, scales)
-    if not any(r for own, _ in out.values() for r in own):
-        raise UserError(f"rank={rank!r} is 0 at every selected site, so nothing would train; give a rank of at least 1")
-    return out
-
-
-def _spread(flags, values):
-    return flags if len(flags) == len(values) else flags * len(values)
-
-
-def _check_rank(rank: Any, site: Site) -> int:
-    if type(rank) is not int or rank < 0:
-        raise UserError(
-            f"rank must be an integer of at least 0 (a rule may give it by pattern), got {rank!r} for {site.path!r}"
-        )
-    if rank > site.max_rank:
-        raise UserError(
-            f"rank {rank} is above min(fan_in, fan_out) = {site.max_rank} of {site.path!r} with shape {site.shape}; "
-            f"a rank of at most {site.max_rank} says everything there is to say"
-        )
-    return rank
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{name} must be a number or (pattern, number) rules, got {value!r}")
-    return float(value)
-
-
-def _make(key: jax.Array, site: Site, ranks: list[int], scales: list[float], init: str) -> LoRA:
-    batch, fan_in, fan_out = batch_dims(site), site.dims(site.fan_in), site.dims(site.fan_out)
-    own = per_batch(ranks, site)
-    r = max(ranks)
-    key_a, key_b = jax.random.split(key)
-    a = jnp.zeros((*batch, r, *fan_in))
-    b = jnp.zeros((*batch, r, *fan_out))
-    if site.uses[:1] == ("embedding",) and init != "a_zero":
-        b = draw(key_b, batch, r, jax.random.normal, fan_out)
-    elif init == "a_zero":
-        b = draw(key_b, batch, r, _uniform(math.prod(fan_out)), fan_out)
-    elif init == "gaussian":
-        a = draw(key_a, batch, r, jax.random.normal, fan_in)
-        a = a / np.maximum(own, 1).astype(np.float32).reshape(own.shape + (1,) * (a.ndim - own.ndim))
-    else:
-        a = draw(key_a, batch, r, _uniform(math.prod(fan_in)), fan_in)
-    live = np.arange(r) < own[..., None]  # (*batch, r): beyond a layer's own rank both factors are zero
-    a, b = (jnp.where(live.reshape(live.shape + (1,) * (f.ndim - live.ndim)), f, 0) for f in (a, b))
-    flat = tuple(int(n) for n in own.reshape(-1)), tuple(float(s) for s in per_batch(scales, site).reshape(-1))
-    return LoRA(a=jnp.moveaxis(a, len(batch), -1), b=b, axes=Axes.of(site), ranks=flat[0], scales=flat[1])
-
-
-def _idle(one: LoRA, batch: tuple[int, ...]) -> int:
-    """Leading slices of a stack whose rank is zero throughout."""
-    if not batch or 0 not in one.axes.batch[:1]:
-        return 0
-    live = np.asarray(one.ranks).reshape(batch[0], -1).any(axis=1)
-    return int(np.argmax(live)) if live.any() else 0
-
-
-def _uniform(fan: int):
-    width = 2.0 / math.sqrt(fan)
-    # u - 1/2 is exact and one product rounds once: the same bits jitted or not, whatever a compiler fuses.
-    return lambda key, shape: (jax.random.uniform(key, shape) - 0.5) * width
+def start(key: jax.Array, leaf: Any, site: Any, option: Any, init: str, moments: Any = None) -> LoRA:
+    """One site's initial entry; also of methods that add to LoRA."""
+    at = inits.start_of(key, leaf, site, option, moments)
+    ranks = tuple(int(n) for n in at.ranks.reshape(-1))
+    scales = tuple(float(s) for s in at.scales.reshape(-1))
+    return LoRA(**inits.initial(at, init)._asdict(), axes=Axes.of(site), ranks=ranks, scales=scales)

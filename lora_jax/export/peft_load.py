@@ -16,7 +16,8 @@ import numpy as np
 from lora_jax import trees
 from lora_jax.adapters import Adapter, get
 from lora_jax.adapters.full import Full
-from lora_jax.adapters.lora import SCALINGS, LoRA
+from lora_jax.adapters.lora import LoRA
+from lora_jax.adapters.parts.ranks import SCALINGS
 from lora_jax.errors import UserError, nearest
 from lora_jax.export import peft_names as names
 from lora_jax.lift.weight import Axes
