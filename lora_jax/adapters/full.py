@@ -5,6 +5,7 @@ function sees it in the base's dtype. Of a stacked weight only the selected laye
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from lora_jax.adapters.base import Adapter, Entry, entry, json_ready, per_site
 from lora_jax.errors import UserError
 from lora_jax.lift.weight import AdaptedWeight, Axes
-from lora_jax.sites import in_layers, select
+from lora_jax.sites import Site, in_layers, select
 
 
 @entry(meta=("kept", "layer_axis"))
@@ -53,34 +54,39 @@ def in_place(spec: dict, choose: Any) -> Adapter:
 
     def make(key, leaf, site, flags):
         del key
-        axis, kept = site.layer_axis, tuple(i for i, f in enumerate(flags) if f)
-        if axis is None or all(flags):
-            return Full(value=jnp.asarray(leaf, jnp.float32), axes=Axes.of(site))
-        value = jnp.take(leaf, jnp.asarray(kept), axis=axis).astype(jnp.float32)
-        return Full(value=value, axes=Axes.of(site), kept=kept, layer_axis=axis)
+        return start_in_place(leaf, site, flags)
 
     def weight(base, one, place):
-        expected = list(base.shape)
-        if one.kept is not None:
-            expected[one.layer_axis] = len(one.kept)
-        if list(one.value.shape) != expected:
-            raise UserError(
-                f"the trained copy of shape {tuple(one.value.shape)} does not fit the weight {place.path!r} of shape "
-                f"{tuple(base.shape)}: was it made for another base?"
-            )
-        return _below(base, lambda array: _written(array, one))
+        return written(base, one, place.path)
 
     return per_site(spec, choose=choose, make=make, weight=weight)
 
 
-def _below(base: Any, write: Any) -> Any:
-    """Writes the frozen array below whatever another adapter has put on it."""
+def start_in_place(leaf: Any, site: Site, flags: Sequence[bool]) -> Full:
+    """The trained copy of a weight, of the layers whose flag is set."""
+    axis, kept = site.layer_axis, tuple(i for i, f in enumerate(flags) if f)
+    if axis is None or all(flags):
+        return Full(value=jnp.asarray(leaf, jnp.float32), axes=Axes.of(site))
+    value = jnp.take(leaf, jnp.asarray(kept), axis=axis).astype(jnp.float32)
+    return Full(value=value, axes=Axes.of(site), kept=kept, layer_axis=axis)
+
+
+def written(base: Any, one: Full, path: str) -> Any:
+    """The weight with the trained copy in place of the frozen array, below whatever another adapter has put there.
+
+    Raises:
+      UserError: the copy is of another shape.
+    """
+    expected = list(base.shape)
+    if one.kept is not None:
+        expected[one.layer_axis or 0] = len(one.kept)
+    if list(one.value.shape) != expected:
+        raise UserError(
+            f"the trained copy of shape {tuple(one.value.shape)} does not fit the weight {path!r} of shape "
+            f"{tuple(base.shape)}: was it made for another base?"
+        )
     if isinstance(base, AdaptedWeight):
-        return dataclasses.replace(base, base=_below(base.base, write))
-    return write(base)
-
-
-def _written(base: Any, one: Full) -> Any:
+        return dataclasses.replace(base, base=written(base.base, one, path))
     if one.kept is None:
         return one.value.astype(base.dtype)
     where = (slice(None),) * (one.layer_axis or 0) + (jnp.asarray(one.kept),)

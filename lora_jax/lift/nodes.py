@@ -129,7 +129,9 @@ class OutputWeight(AdaptedWeight):
 
     def add(self, y: jax.Array) -> jax.Array:
         """`y` plus the bias, finished."""
-        shape, into = self.spread or (self.shape, tuple(range(len(self.shape))))
+        if self.spread is None:  # an addition may broadcast axes of size one by itself
+            return self.broadcast(y.shape, range(y.ndim)).add(y)
+        shape, into = self.spread
         y = y + jax.lax.broadcast_in_dim(dense(self.base), shape, into)
         return self._finished(y, dict(enumerate(into)))
 
