@@ -158,7 +158,8 @@ def dora(
         return DoRAWeight(
             base=base, axes=one.axes, path=place.path, idle=idle(one), a=one.a, b=one.b,
             scale=scale_at(one, place.scale), key=keys_at(one, place.key, dropout), dropout=dropout,
-            magnitude=one.magnitude, norm2=one.norm2, norm_gradient=norm_gradient, live=np.asarray(one.ranks).reshape(batch_of(one)) > 0,
+            magnitude=one.magnitude, norm2=one.norm2, norm_gradient=norm_gradient,
+            live=np.asarray(one.ranks).reshape(batch_of(one)) > 0,
         )  # fmt: skip
 
     return per_site(spec, choose=choose, make=make, weight=weight, trainable=only("a", "b", "magnitude"))

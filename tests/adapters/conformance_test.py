@@ -326,7 +326,8 @@ def test_learns(method):
 # Every option of every method changes something.
 
 OTHER = {
-    "rank": 3, "alpha": 1.0, "layers": "last:1", "dropout": 0.5, "targets": "layers_1/kernel", "feedforward": ".*_1/kernel",
+    "rank": 3, "alpha": 1.0, "layers": "last:1", "dropout": 0.5, "targets": "layers_1/kernel",
+    "feedforward": ".*_1/kernel",
 }  # fmt: skip
 IN_GRADIENTS = ("norm_gradient",)  # knobs that change nothing but gradients
 
