@@ -62,11 +62,15 @@ def read() -> ConfigDict:
     Raises:
       UserError: there is no run, or it is not finished.
     """
-    folder = path()
+    return read_from(path(), "--workdir")
+
+
+def read_from(folder: Path, flag: str) -> ConfigDict:
+    """The config of the finished run in a directory that a flag named; errors as of `read`."""
     if not folder.is_dir():
         beside = [str(p) for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
         hint = f"did you mean {nearest(str(folder), beside, 1)[0]!r}?" if beside else "train a run first"
-        raise UserError(f"--workdir={folder}: there is no such directory; {hint}")
+        raise UserError(f"{flag}={folder}: there is no such directory; {hint}")
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not the directory of a run: it has no {CONFIG}")
     if not (folder / SUMMARY).exists():

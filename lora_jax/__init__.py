@@ -14,6 +14,21 @@ from typing import Any
 
 from lora_jax import adapters as _adapters
 from lora_jax.adapters import Adapter, from_spec, methods
+from lora_jax.analyze import (
+    amplification,
+    analyze,
+    cat,
+    compare,
+    effective_rank,
+    linear,
+    recombine,
+    singular_values,
+    stable_rank,
+    subspace_similarity,
+    truncate,
+    update,
+    without,
+)
 from lora_jax.audit import audit
 from lora_jax.errors import UserError
 from lora_jax.lift import AdaptedWeight, find_sites, lift
@@ -33,6 +48,8 @@ _LATE = {
 __all__ = [
     "AdaptedWeight", "Adapter", "Site", "UserError", "audit", "find_sites", "from_spec", "lift", "load",
     "methods", "save",
+    "amplification", "analyze", "cat", "compare", "effective_rank", "linear", "recombine", "singular_values",
+    "stable_rank", "subspace_similarity", "truncate", "update", "without",
     *_LATE, *methods(),
 ]  # fmt: skip
 

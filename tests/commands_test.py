@@ -1,11 +1,14 @@
 """The commands on a small world, end to end: what one writes, the next one reads."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lora_jax.analyze import analyze
+from lora_jax.export import load_peft
 from lora_jax.models import load_pretrained
 from tests import commands
 
@@ -105,6 +108,35 @@ def test_export_merged(trained, capsys, tmp_path):
     base = load_pretrained(json.loads((folder / "config.json").read_text())["model"]["path"])
     assert merged.fingerprint != base.fingerprint
     assert merged.tokenizer.get_vocab() == base.tokenizer.get_vocab()
+
+
+def test_analyze_tells_what_was_trained(trained, capsys):
+    folder, _ = trained
+    ended = commands.command(capsys, "analyze", f"--workdir={folder}", "--references", f"--against={folder}")
+    assert ended.code == 0, ended.err
+    base = load_pretrained(json.loads((folder / "config.json").read_text())["model"]["path"])
+    adapter, delta = load_peft(folder / "adapter", base)
+    report = analyze(adapter, delta, base.variables, base.sites, references=True)
+    rows = [json.loads(line) for line in (folder / "analysis" / "updates.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in rows] == list(delta) and len(rows) == 14
+    assert [row["norm"] for row in rows] == [row.norm for row in report.rows] and min(
+        row.norm for row in report.rows
+    ) > 0
+    assert str(report) in ended.out, "the table with its references"
+    assert "directions shared" in ended.out
+    pairs = [json.loads(line) for line in (folder / "analysis" / "against.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in pairs] == list(delta)
+    assert all(row["all_in"] == pytest.approx(1) for row in pairs), "the run is like itself"
+
+
+def test_analyze_against_what_is_no_run(trained, capsys, tmp_path):
+    folder, _ = trained
+    for wrong, message in (
+        (tmp_path, "is not the directory of a run"),
+        (tmp_path / "x", "--against=.*no such directory"),
+    ):
+        ended = commands.command(capsys, "analyze", f"--workdir={folder}", f"--against={wrong}")
+        assert ended.code == 2 and re.search(message, ended.err) and ended.err.count("\n") == 1
 
 
 def test_classification(capsys, tmp_path, world):

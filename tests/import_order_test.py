@@ -17,6 +17,7 @@ ORDER = [
     ["adapters"],
     ["saving"],
     ["audit"],
+    ["analyze"],
     ["quant"],
     ["models"],
     ["data"],
