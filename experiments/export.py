@@ -35,7 +35,9 @@ def main() -> None:
     if FORMAT.value == "peft":
         export.save_peft(out, adapter, delta, parts.base)
     else:
-        models.save_pretrained(out, parts.base, adapter.merge(parts.base.variables, delta))
+        merged = export.merge(adapter, delta, parts.base.variables)
+        models.save_pretrained(out, parts.base, merged)
+        print(export.rounding(adapter, delta, parts.base.variables, merged))
     print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} to {out}")
 
 
