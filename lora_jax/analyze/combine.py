@@ -17,8 +17,8 @@ from lora_jax.adapters import Adapter, get
 from lora_jax.adapters.full import Full
 from lora_jax.adapters.lora import LoRA
 from lora_jax.analyze import parts
-from lora_jax.analyze.truncate import check_rank, shorten
-from lora_jax.analyze.updates import dense_float32, factors, raw_factors
+from lora_jax.analyze.truncate import check_rank
+from lora_jax.analyze.updates import dense_float32, factors, raw_factors, widest
 from lora_jax.errors import UserError
 from lora_jax.lift.weight import is_adapted
 
@@ -85,7 +85,7 @@ def recombine(pairs: Pairs, rank: int, weights: Sequence[float] | None = None, *
       UserError: as of `cat`, or a rank below 1.
     """
     check_rank(rank)
-    return _combine(pairs, weights, variables, lambda path, items: shorten(_cat(path, items), rank))
+    return _combine(pairs, weights, variables, lambda path, items: parts.shorten(_cat(path, items), rank))
 
 
 def _combine(pairs: Pairs, weights: Sequence[float] | None, variables: Any, how: Callable) -> parts.Pair:
@@ -139,8 +139,8 @@ def _cat(path: str, items: Weighted) -> LoRA:
         a.append(np.concatenate([x for _, x, _ in live], axis=1))
         b.append(np.concatenate([w * y for w, _, y in live], axis=0))
     whole = parts.entry(a, b, items[0][1])
-    most = parts.widest(whole)
-    return whole if max(whole.ranks) <= most else shorten(whole, most)
+    most = widest(whole)
+    return whole if max(whole.ranks) <= most else parts.shorten(whole, most)
 
 
 def _linear(path: str, items: Weighted, exact: bool) -> LoRA:

@@ -5,7 +5,6 @@ is a rest, a chain of that and the rest. It binds, merges, saves and exports as 
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters import Adapter, from_spec, get
+from lora_jax.adapters.base import SHARED, is_shared
 from lora_jax.adapters.lora import LoRA
-from lora_jax.analyze.updates import factored
+from lora_jax.analyze.updates import factored, factors, thin_svd, update_ranks, widest
 from lora_jax.errors import UserError
 
 Pair = tuple[Adapter, dict[str, Any]]
@@ -25,14 +25,19 @@ def split(adapter: Adapter, delta: Mapping[str, Any]) -> tuple[dict[str, LoRA], 
     """Separates plain low-rank factors from everything else.
 
     Returns:
-      `{path: entry}` of the method lora, and an (adapter, delta) pair for every other member of a chain.
+      `{path: entry}` of the method lora, and an (adapter, delta) pair for every other member of a chain. A start that
+      LoRA subtracts (PiSSA, OLoRA) becomes part of the factors, at up to twice their rank.
     """
     low_rank: dict[str, LoRA] = {}
     rest: list[Pair] = []
     for member, spec in _members(adapter.spec):
-        own = {p: dataclasses.replace(one, member="") for p, one in delta.items() if one.member == member}
+        own = {
+            _inner(path, member): dataclasses.replace(one, member="")
+            for path, one in delta.items()
+            if one.member == member
+        }
         if spec["method"] == "lora" and all(factored(one) for one in own.values()):
-            low_rank |= own
+            low_rank |= {p: one if one.a0 is None else shorten(one, widest(one)) for p, one in own.items()}
         elif own:
             rest.append((from_spec(spec), own))
     return low_rank, rest
@@ -56,7 +61,11 @@ def join(low_rank: Mapping[str, LoRA], rest: Sequence[Pair], dropout: float = 0.
         members.insert(0, (own, dict(low_rank)))
     if len(members) == 1:
         return members[0]
-    delta = {p: dataclasses.replace(one, member=str(i)) for i, (_, d) in enumerate(members) for p, one in d.items()}
+    delta = {
+        f"{SHARED}{i}:{p.removeprefix(SHARED)}" if is_shared(p) else p: dataclasses.replace(one, member=str(i))
+        for i, (_, own_delta) in enumerate(members)
+        for p, one in own_delta.items()
+    }
     return get("chain")(*(adapter for adapter, _ in members)), delta
 
 
@@ -80,10 +89,14 @@ def entry(a: Sequence[np.ndarray], b: Sequence[np.ndarray], like: LoRA) -> LoRA:
     )  # fmt: skip
 
 
-def widest(one: LoRA) -> int:
-    """min(fan_in, fan_out): a larger rank says nothing more."""
-    depth = len(one.axes.batch)
-    return min(math.prod(one.a.shape[depth:-1]), math.prod(one.b.shape[depth + 1 :]))
+def shorten(one: LoRA, rank: int) -> LoRA:
+    """The best approximation of one entry at a rank of at most `rank`, the singular values evenly on both factors."""
+    u, s, v = thin_svd(*factors(one))
+    root = np.sqrt(s)
+    keep = [min(rank, r) for r in update_ranks(one)]
+    left = [u[n][:, :k] * root[n][:k] for n, k in enumerate(keep)]
+    right = [(v[n][:, :k] * root[n][:k]).T for n, k in enumerate(keep)]
+    return entry(left, right, one)
 
 
 def dropout_of(adapters: Sequence[Adapter]) -> float:
@@ -103,6 +116,13 @@ def _members(spec: Mapping[str, Any], member: str = "") -> list[tuple[str, Mappi
         return [(member, spec)]
     inside = [(f"{member}.{i}" if member else str(i), own) for i, own in enumerate(spec["adapters"])]
     return [leaf for name, own in inside for leaf in _members(own, name)]
+
+
+def _inner(path: str, member: str) -> str:
+    """A shared entry's key without the numbers that the chains around its method put before it."""
+    if not (is_shared(path) and member):
+        return path
+    return SHARED + path.removeprefix(SHARED + member.replace(".", ":") + ":")
 
 
 def _rank_rules(path: str, one: LoRA) -> list[tuple[str, int]]:

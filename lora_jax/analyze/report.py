@@ -10,9 +10,19 @@ import numpy as np
 
 from lora_jax import trees
 from lora_jax.adapters import Adapter
-from lora_jax.adapters.base import check_paths
+from lora_jax.adapters.base import check_paths, is_shared
 from lora_jax.analyze.spectrum import along_base, along_random, along_update, directions, effective_rank, stable_rank
-from lora_jax.analyze.updates import SVD, dense_float32, dense_svd, dense_updates, factored, factors, matrices, thin_svd
+from lora_jax.analyze.updates import (
+    SVD,
+    dense_float32,
+    dense_svd,
+    dense_updates,
+    factored,
+    factors,
+    matrices,
+    thin_svd,
+    update_ranks,
+)
 from lora_jax.errors import UserError
 from lora_jax.lift.weight import is_adapted
 from lora_jax.sites import Site, Sites
@@ -28,7 +38,7 @@ class Row:
       layer: the layer, or None.
       role: the role, or None.
       what: the kind of the delta's entry.
-      rank: of LoRA's factors; None for any other method.
+      rank: of LoRA's factors (twice that where a start is subtracted); None for any other method.
       norm: ||dW||_F.
       base_norm: ||W||_F.
       relative_norm: norm / base_norm; nan where the base is zero.
@@ -132,11 +142,13 @@ def analyze(
     if not delta:
         raise UserError("the delta is empty: there is nothing to analyze")
     leaves = trees.flatten(variables, is_leaf=is_adapted)
-    check_paths(delta, leaves)
-    check_paths(delta, sites)
-    plain, notes = _dense(adapter, delta, variables, [p for p, one in delta.items() if not factored(one)])
+    own = [path for path in delta if not is_shared(path)]
+    check_paths(own, leaves)
+    check_paths(own, sites)
+    plain, notes = _dense(adapter, delta, variables, [p for p in own if not factored(delta[p])])
     rows: list[Row] = []
-    for path, one in delta.items():
+    for path in own:
+        one = delta[path]
         if factored(one):
             found = thin_svd(*factors(one))
         elif path in plain:
@@ -154,18 +166,19 @@ def _dense(adapter, delta, variables, paths: list[str]) -> tuple[dict[str, np.nd
         members.setdefault(delta[path].member, []).append(path)
     out: dict[str, np.ndarray] = {}
     notes = []
-    for own in members.values():
+    for member, own in members.items():
+        part = {p: one for p, one in delta.items() if p in own or (is_shared(p) and one.member == member)}
         try:
-            out |= dense_updates(adapter, {p: delta[p] for p in own}, variables, own)
+            out |= dense_updates(adapter, part, variables, own)
         except (UserError, NotImplementedError) as error:
-            if len(own) == len(delta):
+            if len(part) == len(delta):
                 raise UserError(f"no update to analyze: {error}") from None
             notes.append(f"left out: {own[0]} ({len(own)} sites, {type(delta[own[0]]).__name__.lower()}): {error}")
     return out, notes
 
 
 def _rows(site: Site, one: Any, found: SVD, w_NxIxO: np.ndarray, rank: int | None, references: bool) -> list[Row]:
-    own = one.ranks if factored(one) else None
+    own = update_ranks(one) if factored(one) else None
     draw = np.random.default_rng([0, trees.stable_hash(site.path)])
     nan, rows = float("nan"), []
     for n, index in enumerate(place(site)):

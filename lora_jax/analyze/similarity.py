@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax.adapters import Adapter
+from lora_jax.adapters.base import is_shared
 from lora_jax.analyze.report import label, layer_of, place, table
 from lora_jax.analyze.spectrum import directions
-from lora_jax.analyze.updates import SVD, factored, factors, svd
+from lora_jax.analyze.updates import SVD, factored, raw_factors, svd
 from lora_jax.errors import UserError, did_you_mean
 from lora_jax.sites import Sites
 
@@ -74,7 +75,7 @@ def subspace_similarity(
 
 def _factor_directions(one: Any, side: str) -> list[np.ndarray]:
     """Left singular vectors of A, or right ones of B: (D, rank) for every batch index."""
-    a, b = factors(one)
+    a, b, _ = raw_factors(one)
     value = a if side == "fan_in" else b.swapaxes(1, 2)
     u = np.linalg.svd(value, full_matrices=False)[0]
     return [u[n][:, :rank] for n, rank in enumerate(one.ranks)]
@@ -146,7 +147,7 @@ def compare(
     Raises:
       UserError: no site in common, or a method that cannot be merged.
     """
-    shared = [p for p in one[1] if p in other[1] and sites[p].is_matrix]
+    shared = [p for p in one[1] if p in other[1] and not is_shared(p) and sites[p].is_matrix]
     if not shared:
         raise UserError(f"the two adapters have no matrix in common ({len(one[1])} and {len(other[1])} sites)")
     rows = []

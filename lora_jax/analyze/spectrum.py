@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax import trees
 from lora_jax.adapters import Adapter
-from lora_jax.analyze.updates import SVD, dense_float32, factored, matrices, svd
+from lora_jax.analyze.updates import SVD, dense_float32, factored, matrices, svd, update_ranks
 from lora_jax.lift.weight import is_adapted
 
 _NOISE = 1e-6  # singular values below this share of the largest are rounding
@@ -96,7 +96,7 @@ def amplification(
     found = svd(adapter, delta, variables, path)
     leaf = trees.flatten(variables, is_leaf=is_adapted)[path]
     w_NxIxO = matrices(dense_float32(leaf), delta[path].axes)
-    own = delta[path].ranks if factored(delta[path]) else None
+    own = update_ranks(delta[path]) if factored(delta[path]) else None
     draw = np.random.default_rng([seed, trees.stable_hash(path)])
     out = []
     for n, w in enumerate(w_NxIxO):

@@ -3,12 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from lora_jax.adapters import Adapter
-from lora_jax.adapters.lora import LoRA
 from lora_jax.analyze import parts
-from lora_jax.analyze.updates import factors, thin_svd
 from lora_jax.errors import UserError
 
 
@@ -40,19 +36,8 @@ def truncate(adapter: Adapter, delta: Mapping[str, Any], rank: int) -> parts.Pai
     largest = max(r for one in low_rank.values() for r in one.ranks)
     if rank > largest:
         raise UserError(f"rank={rank} is above the adapter's own, {largest}; truncation only makes it smaller")
-    short = {path: shorten(one, rank) for path, one in low_rank.items()}
+    short = {path: parts.shorten(one, rank) for path, one in low_rank.items()}
     return parts.join(short, rest, parts.dropout_of([adapter]))
-
-
-def shorten(one: LoRA, rank: int) -> LoRA:
-    """One entry at a rank of at most `rank`."""
-    a, b = factors(one)
-    u, s, v = thin_svd(a, b)
-    root = np.sqrt(s)
-    keep = [min(rank, r, s.shape[1]) for r in one.ranks]
-    left = [u[n][:, :k] * root[n][:k] for n, k in enumerate(keep)]
-    right = [(v[n][:, :k] * root[n][:k]).T for n, k in enumerate(keep)]
-    return parts.entry(left, right, one)
 
 
 def check_rank(rank: Any) -> None:

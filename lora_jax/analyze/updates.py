@@ -39,7 +39,7 @@ class SVD(NamedTuple):
 
 
 def update(adapter: Adapter, delta: Mapping[str, Any], variables: Any, path: str) -> np.ndarray:
-    """What the adapter adds to one weight: merge - base in float32.
+    """What the adapter adds to one weight: merge - base in float32 (what it adds to the layer's bias is not in it).
 
     Args:
       adapter: the adapter.
@@ -84,16 +84,17 @@ def dense_float32(leaf: Any) -> Any:
 
 
 def factored(one: Any) -> bool:
-    """True for an entry whose update is its scale times A B, and nothing else."""
-    if type(one) is not LoRA:
-        return False
-    arrays = [f.name for f in dataclasses.fields(one) if hasattr(getattr(one, f.name), "dtype")]
-    return sorted(arrays) == ["a", "b"]
+    """True for an entry whose update is its scale times A B - A0 B0, and nothing else."""
+    arrays = {f.name for f in dataclasses.fields(one) if hasattr(getattr(one, f.name), "dtype")}
+    return type(one) is LoRA and arrays <= {"a", "b", "a0", "b0"}
 
 
 def factors(one: LoRA) -> tuple[np.ndarray, np.ndarray]:
-    """A as (N, fan_in, rank) and scale * B as (N, rank, fan_out), float64."""
+    """A as (N, fan_in, R) and scale * B as (N, R, fan_out), float64; a start that is subtracted stands behind them."""
     a, b, scale = raw_factors(one)
+    if one.a0 is not None:
+        a0, b0, _ = raw_factors(dataclasses.replace(one, a=one.a0, b=one.b0))
+        a, b = np.concatenate([a, a0], axis=2), np.concatenate([b, -b0], axis=1)
     return a, scale * b
 
 
@@ -104,6 +105,17 @@ def raw_factors(one: LoRA) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     a = np.asarray(one.a, np.float64).reshape(count, -1, one.a.shape[-1])
     b = np.asarray(one.b, np.float64).reshape(count, one.b.shape[depth], -1)
     return a, b, np.asarray(one.scales, np.float64).reshape(count, 1, 1)
+
+
+def widest(one: LoRA) -> int:
+    """min(fan_in, fan_out): a larger rank says nothing more."""
+    depth = len(one.axes.batch)
+    return min(math.prod(one.a.shape[depth:-1]), math.prod(one.b.shape[depth + 1 :]))
+
+
+def update_ranks(one: LoRA) -> tuple[int, ...]:
+    """The rank that each of the N updates can have: twice the factors' where a start is subtracted (PiSSA, OLoRA)."""
+    return one.ranks if one.a0 is None else tuple(min(2 * r, widest(one)) for r in one.ranks)
 
 
 def thin_svd(a_NxIxR: np.ndarray, b_NxRxO: np.ndarray) -> SVD:

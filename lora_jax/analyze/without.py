@@ -60,7 +60,9 @@ def _off(one: Any, site: Site, flags: tuple[bool, ...], variables: Any) -> Any:
     """The entry switched off in the flagged layers; None: to be removed."""
     if factored(one):
         off = per_batch(flags, site)
-        return dataclasses.replace(one, b=jnp.where(off.reshape(off.shape + (1,) * (one.b.ndim - off.ndim)), 0, one.b))
+        off = off.reshape(off.shape + (1,) * (one.b.ndim - off.ndim))
+        b0 = None if one.b0 is None else jnp.where(off, 0, one.b0)
+        return dataclasses.replace(one, b=jnp.where(off, 0, one.b), b0=b0)
     if type(one) is Full:
         return _restored(one, site, flags, variables)
     if not all(flags):

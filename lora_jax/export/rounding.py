@@ -102,7 +102,7 @@ def rounding(adapter: Adapter, delta: Mapping[str, Any], variables: Any, merged:
     """
     merged = merge(adapter, delta, variables) if merged is None else merged
     leaves, rounded = (trees.flatten(tree, is_leaf=is_adapted) for tree in (variables, merged))
-    base = {path: dense_float32(leaves[path]) for path in delta if path in leaves}
+    base = {path: dense_float32(leaf) for path, leaf in leaves.items() if rounded[path] is not leaf}
     sums = trees.flatten(merge(adapter, delta, trees.replace(variables, base, is_leaf=is_adapted)), is_leaf=is_adapted)
     sites = {}
     for path, weight in base.items():

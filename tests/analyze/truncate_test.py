@@ -1,6 +1,9 @@
 """Truncation is the best approximation, and the result is an adapter like any other."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -65,8 +68,9 @@ def test_layers_of_a_stack_keep_a_smaller_rank_of_their_own():
 def test_layers_left_out_stay_out_and_a_zero_update_stays_zero():
     kind = kinds.get("scan")
     adapter = lj.lora(rank=3, targets=".*dense/kernel", layers="last:1")
-    fresh = adapter.init(jax.random.key(0), kind.variables, kind.sites)
-    for delta in (fresh, moved(adapter, kind)):
+    trained = moved(adapter, kind)
+    fresh = jax.tree_util.tree_map(jnp.zeros_like, trained)
+    for delta in (fresh, trained):
         small, cut = lj.truncate(adapter, delta, 2)
         assert cut["layers/dense/kernel"].ranks == (0, 2)
         rebuilds(small, cut, kind)
@@ -109,3 +113,17 @@ def test_a_method_without_factors():
     adapter = lj.full(targets="out/kernel")
     with pytest.raises(lj.UserError, match="truncate needs LoRA factors, and the adapter 'full' has none"):
         lj.truncate(adapter, moved(adapter, kind), 1)
+
+
+def test_what_the_sites_of_another_member_share_keeps_its_name():
+    """A chain puts numbers before the keys of shared entries; another place in the chain means other numbers."""
+    kind = kinds.get("dense")
+    inner = lj.chain(lj.full(targets="out/kernel"), lj.lora(rank=2, targets="layers_0/kernel"))
+    chain = lj.chain(inner, lj.lora(rank=2, targets="layers_1/kernel"))
+    delta = moved(chain, kind)
+    delta = {"@0:0:name": dataclasses.replace(delta["out/kernel"]), **delta}
+    small, cut = lj.truncate(chain, delta, 1)
+    assert {path: one.member for path, one in cut.items()} == {
+        "layers_0/kernel": "0", "layers_1/kernel": "0", "@1:name": "1", "out/kernel": "1",
+    }  # fmt: skip
+    assert small.trainable(cut)["@1:name"].value is False

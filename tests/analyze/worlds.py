@@ -1,5 +1,6 @@
 """Trained-looking deltas on every kind of site, and what they add as plain numpy matrices."""
 
+import dataclasses
 import functools
 
 import jax
@@ -20,16 +21,18 @@ def moved(adapter, kind, seed=1):
 def _live(one):
     batch = one.a.shape[: len(one.axes.batch)]
     live = np.arange(one.a.shape[-1]) < np.reshape(one.ranks, (*batch, 1))
-    a = one.a * live.reshape(*batch, *(1,) * (one.a.ndim - len(batch) - 1), -1)
-    b = one.b * live.reshape(*live.shape, *(1,) * (one.b.ndim - live.ndim))
-    return type(one)(a=a, b=b, axes=one.axes, ranks=one.ranks, scales=one.scales, member=one.member)
+    in_a = live.reshape(*batch, *(1,) * (one.a.ndim - len(batch) - 1), -1)
+    in_b = live.reshape(*live.shape, *(1,) * (one.b.ndim - live.ndim))
+    masks = {"a": in_a, "b": in_b, "a0": in_a, "b0": in_b}
+    kept = {n: getattr(one, n) * m for n, m in masks.items() if getattr(one, n) is not None}
+    return dataclasses.replace(one, **kept)
 
 
 @functools.cache
-def world(name, rank=3, seed=1):
+def world(name, rank=3, seed=1, init="default"):
     """(kind, adapter, delta) of lora on a kind; alpha is such that no scale is a power of two."""
     kind = kinds.get(name)
-    adapter = kinds.make("lora", kind, rank=rank, alpha=7)
+    adapter = kinds.make("lora", kind, rank=rank, alpha=7, init=init)
     return kind, adapter, moved(adapter, kind, seed)
 
 

@@ -104,7 +104,7 @@ def gate(weight):
 
 def test_a_method_that_cannot_be_merged():
     kind = kinds.get("dense")
-    no_dense = gate(lambda base, one, *, path, key, scale: NoDense(base=base, axes=one.axes, path=path))
+    no_dense = gate(lambda base, one, place: NoDense(base=base, axes=one.axes, path=place.path))
     delta = no_dense.init(jax.random.key(0), kind.variables, kind.sites)
     with pytest.raises(
         lj.UserError, match="method 'gate' cannot be merged into the weights of its base; .*--format=peft"
