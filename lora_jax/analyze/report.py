@@ -219,10 +219,15 @@ def label(path: str, role: str | None) -> str:
     return role or "/".join(last).removesuffix("/kernel")
 
 
+def title(path: str, role: str | None, layer: int | None) -> str:
+    """A site's name in a table with a column of layers: outside the layers a role may be several weights."""
+    return path if layer is None else label(path, role)
+
+
 def _cells(row: Row, references: bool) -> list[str]:
     layer = "" if row.layer is None else str(row.layer)
-    extra = [i for i, axis in zip(row.index, range(len(row.index))) if len(row.index) > 1 or row.layer is None]
-    name = label(row.path, row.role) + ("" if not extra else f" {list(row.index)}")
+    stacked = len(row.index) > 1 or (row.index and row.layer is None)
+    name = title(row.path, row.role, row.layer) + (f" {list(row.index)}" if stacked else "")
     numbers = [row.norm, row.relative_norm, row.effective_rank, row.stable_rank, row.amplification]
     numbers += [row.along_update, row.along_base, row.along_random] if references else []
     shown = ["" if math.isnan(x) else f"{x:.4g}" for x in numbers]

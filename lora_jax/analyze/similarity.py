@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_jax.adapters import Adapter
 from lora_jax.adapters.base import is_shared
-from lora_jax.analyze.report import label, layer_of, place, table
+from lora_jax.analyze.report import layer_of, place, table, title
 from lora_jax.analyze.spectrum import directions
 from lora_jax.analyze.updates import SVD, factored, raw_factors, svd
 from lora_jax.errors import UserError, did_you_mean
@@ -123,7 +123,7 @@ class Comparison:
     def __str__(self) -> str:
         head = ("site", "layer", "rank", "other", "in 1st", "in all", "chance", "out 1st", "out all", "chance")
         body = [
-            (label(r.path, r.role), "" if r.layer is None else str(r.layer), str(r.rank), str(r.other))
+            (title(r.path, r.role, r.layer), "" if r.layer is None else str(r.layer), str(r.rank), str(r.other))
             + tuple(
                 f"{x:.3f}"
                 for x in (r.first_in, r.all_in, r.random_in, r.first_out, r.all_out, r.random_out)

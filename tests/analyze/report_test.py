@@ -97,6 +97,8 @@ def test_what_is_printed():
     assert f"{report.rows[0].norm:.4g}" in lines[1]
     assert lines[5].split() == ["layer", "up"]
     assert lines[6].split() == ["0", f"{report.rows[0].relative_norm:.4f}"]
+    outside = {p: dataclasses.replace(s, layer=None) for p, s in roles.items()}
+    assert str(lj.analyze(adapter, delta, kind.variables, outside)).splitlines()[1].split()[0] == "layers_0/kernel"
     assert "random" in str(lj.analyze(adapter, delta, kind.variables, roles, references=True)).splitlines()[0]
 
 
