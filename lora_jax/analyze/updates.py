@@ -120,6 +120,7 @@ def update_ranks(one: LoRA) -> tuple[int, ...]:
 
 def thin_svd(a_NxIxR: np.ndarray, b_NxRxO: np.ndarray) -> SVD:
     """The decomposition of A B from the factors alone."""
+    _check_finite(a_NxIxR, b_NxRxO)
     left, core_a = np.linalg.qr(a_NxIxR)
     right, core_b = np.linalg.qr(b_NxRxO.swapaxes(1, 2))
     u, s, vt = np.linalg.svd(core_a @ core_b.swapaxes(1, 2), full_matrices=False)
@@ -128,6 +129,7 @@ def thin_svd(a_NxIxR: np.ndarray, b_NxRxO: np.ndarray) -> SVD:
 
 def dense_svd(w_NxIxO: np.ndarray) -> SVD:
     """The decomposition of dense matrices."""
+    _check_finite(w_NxIxO)
     u, s, vt = np.linalg.svd(w_NxIxO, full_matrices=False)
     return SVD(u, s, vt.swapaxes(1, 2))
 
@@ -144,3 +146,8 @@ def matrices(weight: Any, axes: Axes) -> np.ndarray:
 def _check_site(delta: Mapping[str, Any], path: str) -> None:
     if path not in delta:
         raise UserError(f"the delta has no site {path!r}; {did_you_mean(path, delta)}")
+
+
+def _check_finite(*arrays: np.ndarray) -> None:
+    if not all(np.isfinite(x).all() for x in arrays):
+        raise UserError("an update holds NaN or infinite values, so it has no spectrum: did the training diverge?")

@@ -1,5 +1,6 @@
 """Spectra from factors against numpy on the merged update, on every kind of site."""
 
+import dataclasses
 import math
 
 import jax
@@ -11,7 +12,7 @@ import lora_jax as lj
 from lora_jax import trees
 from lora_jax.analyze import svd
 from tests.adapters import kinds
-from tests.analyze.worlds import flat, matrices, merged_update, near, world
+from tests.analyze.worlds import flat, matrices, merged_update, moved, near, world
 from tests.lift.checks import noisy, weights
 
 KINDS = ["dense", "heads out", "heads in", "conv", "grouped conv", "embedding", "tied embedding", "scan", "experts"]
@@ -104,3 +105,14 @@ def test_unknown_sites_are_named():
     own = adapter.init(jax.random.key(0), kind.variables, kind.sites)
     with pytest.raises(lj.UserError, match="the variables have no weight 'layers_0/kernel'"):
         lj.update(adapter, own, other, "layers_0/kernel")
+
+
+def test_updates_that_are_not_finite():
+    kind, adapter, delta = world("dense")
+    diverged = {p: dataclasses.replace(one, b=one.b.at[0, 0].set(float("nan"))) for p, one in delta.items()}
+    with pytest.raises(lj.UserError, match="holds NaN or infinite values.* did the training diverge"):
+        lj.analyze(adapter, diverged, kind.variables, kind.sites)
+    full = lj.full(targets="out/kernel")
+    (one,) = moved(full, kind).values()
+    with pytest.raises(lj.UserError, match="holds NaN or infinite values"):
+        svd(full, {"out/kernel": dataclasses.replace(one, value=one.value / 0)}, kind.variables, "out/kernel")
