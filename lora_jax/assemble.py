@@ -103,9 +103,9 @@ def _selected(adapter: Adapter, base: models.Base) -> set[str]:
 
 def save_adapter(folder: Path, parts: Parts, delta: Any) -> None:
     """Writes the trained adapter: in PEFT's format where PEFT has the method, else in ours."""
-    try:
+    if export.has_format(parts.adapter, delta):
         export.save_peft(folder, parts.adapter, delta, parts.base)
-    except UserError:
+    else:
         saving.save(folder, parts.adapter, delta, parts.base.variables)
 
 

@@ -46,7 +46,7 @@ ORDER = [
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 # Inside these folders each file is one method, family or objective; what several need has one of these names.
 SHARED = {
-    "adapters": {"base", "full"},  # full: training in place, which head and layers narrow
+    "adapters": {"base", "parts", "full", "lora"},  # full: in place, which head, layers, ... narrow; dora adds to lora
     "models": {"base", "cache", "files", "hf", "layers", "options", "registry", "rotary", "tensor"},
     "tasks": {"base", "causal"},
 }

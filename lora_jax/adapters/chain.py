@@ -1,6 +1,7 @@
 """Several adapters on one model, each on sites of its own: lora on attention + a trained head, for example."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -103,6 +104,35 @@ def chain(*adapters: Adapter) -> Adapter:
         starts_as_base=all(a.starts_as_base for a in adapters),
         moments=any(a.moments for a in adapters),
     )  # fmt: skip
+
+
+def members(adapter: Adapter, delta: Mapping[str, Any]) -> list[tuple[Adapter, dict[str, Any]]]:
+    """Takes a chain apart: each member with its own part of the delta. Any other adapter is its own only member."""
+    from lora_jax.adapters import from_spec
+
+    if adapter.spec["method"] != "chain":
+        return [(adapter, dict(delta))]
+    out = []
+    for i, spec in enumerate(adapter.spec["adapters"]):
+        own = {
+            _inner(path, i): dataclasses.replace(one, member=one.member.partition(".")[2])
+            for path, one in delta.items()
+            if one.member.partition(".")[0] == str(i)
+        }
+        out += members(from_spec(spec), own)
+    return out
+
+
+def together(parts: Sequence[tuple[Adapter, Mapping[str, Any]]]) -> tuple[Adapter, dict[str, Any]]:
+    """The inverse of `members`: one adapter and one delta, shared entries first, then in the order of the parts."""
+    if len(parts) == 1:
+        return parts[0][0], dict(parts[0][1])
+    named = [
+        (_outer(path, i), dataclasses.replace(one, member=f"{i}.{one.member}" if one.member else str(i)))
+        for i, (_, delta) in enumerate(parts)
+        for path, one in delta.items()
+    ]
+    return chain(*(adapter for adapter, _ in parts)), dict(sorted(named, key=lambda pair: not is_shared(pair[0])))
 
 
 def _outer(path: str, i: int) -> str:

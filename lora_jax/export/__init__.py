@@ -4,7 +4,7 @@
 """
 
 from lora_jax.export.peft_load import load_peft
-from lora_jax.export.peft_save import save_peft
+from lora_jax.export.peft_save import has_format, save_peft
 from lora_jax.export.rounding import Rounding, merge, rounding
 
-__all__ = ["Rounding", "load_peft", "merge", "rounding", "save_peft"]
+__all__ = ["Rounding", "has_format", "load_peft", "merge", "rounding", "save_peft"]

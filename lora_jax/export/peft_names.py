@@ -5,10 +5,15 @@ suffix;
 factors are stored as A (rank, in) and B (out, rank), the transposes of ours.
 """
 
+import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lora_jax.errors import UserError
 from lora_jax.sites import Site
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -55,7 +60,7 @@ def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any
 
 def targeted(config: Mapping[str, Any], module: str) -> bool:
     """PEFT's choice of modules: `target_modules` by suffix or regex, `layers_to_transform`, `exclude_modules`."""
-    if _matches(config.get("exclude_modules"), module) or not _matches(config.get("target_modules"), module):
+    if matches(config.get("exclude_modules"), module) or not matches(config.get("target_modules"), module):
         return False
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
@@ -69,9 +74,76 @@ def targeted(config: Mapping[str, Any], module: str) -> bool:
     return False
 
 
-def _matches(targets: Any, module: str) -> bool:
+def matches(targets: Any, module: str) -> bool:
+    """PEFT's rule: a list of names or ends of names, or one regular expression for the whole name."""
     if not targets:
         return False
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
     return any(module == t or module.endswith("." + t) for t in targets)
+
+
+def targeted_modules(config: Mapping[str, Any], base: Any) -> dict[str, str]:
+    """`{path: module}` of the matrices that a config selects.
+
+    Raises:
+      UserError: there are none.
+    """
+    found = {
+        path: module_of(name)
+        for path, name in modules(base).items()
+        if name.endswith(".weight") and base.sites[path].is_matrix and targeted(config, module_of(name))
+    }
+    if not found:
+        raise UserError(f"{CONFIG}: target_modules={config['target_modules']!r} selects no module of this base")
+    return found
+
+
+def targets(selected: list[str], base: Any) -> list[str]:
+    """The shortest honest list: last names where they select exactly these modules, else whole names."""
+    everything = {module_of(name) for name in modules(base).values()} | {"lm_head"}
+    short = {m.rpartition(".")[2] for m in selected}
+    hit = {m for m in everything if m.rpartition(".")[2] in short}
+    return sorted(short) if hit == set(selected) else sorted(selected)
+
+
+def take(tensors: dict[str, np.ndarray], key: str, shape: tuple[int | None, ...], file: Path) -> np.ndarray:
+    """Removes one tensor and returns it in float32, checked; None in the shape leaves a size open.
+
+    Raises:
+      UserError: it is not there, or has another shape.
+    """
+    if key not in tensors:
+        raise UserError(f"{file} lacks the tensor {key!r}, which its config and this base call for")
+    value = tensors.pop(key)
+    if len(value.shape) != len(shape) or any(e is not None and g != e for g, e in zip(value.shape, shape, strict=True)):
+        raise UserError(f"{file}: {key!r} has the shape {list(value.shape)}, expected {list(shape)}")
+    return value.astype(np.float32)
+
+
+def need(config: Mapping[str, Any], fields: tuple[str, ...], file: Path) -> None:
+    """Raises if a field of the config is missing or null."""
+    for field in fields:
+        if config.get(field) is None:
+            raise UserError(f"{file.with_name(CONFIG)} lacks {field!r}")
+
+
+def flat_sizes(site: Site) -> tuple[int, int]:
+    """fan_in and fan_out of a site as single numbers."""
+    return math.prod(site.dims(site.fan_in)), math.prod(site.dims(site.fan_out))
+
+
+def uniform(values: Mapping[str, Any]) -> Any:
+    """One number where all are equal, else rules by path."""
+    distinct = set(values.values())
+    return distinct.pop() if len(distinct) == 1 else [(exact(p), v) for p, v in values.items()]
+
+
+def exact(path: str) -> str:
+    """A pattern that matches this path alone."""
+    return path.replace(".", r"\.")
+
+
+def literal(module: str) -> str:
+    """A pattern of PEFT's that matches this module."""
+    return module.replace(".", r"\.")

@@ -179,9 +179,10 @@ def without_prefix(t):
         (None, one_more, "no place for.*layers.9"),
         (None, without_prefix, "lacks the tensor"),
         ({"r": 4}, None, r"has the shape \[2, 16\], expected \[4, 16\]"),
-        ({"use_dora": True}, None, "use_dora=True is not supported"),
-        ({"bias": "all"}, None, "bias='all' is not supported"),
-        ({"peft_type": "IA3"}, None, "peft_type 'IA3' is not supported"),
+        ({"use_dora": True}, None, "lacks the tensor .*lora_magnitude_vector"),
+        ({"lora_bias": True}, None, "lora_bias=True is not supported"),
+        ({"bias": "some"}, None, "bias='some': expected 'none', 'all' or 'lora_only'"),
+        ({"peft_type": "BOFT"}, None, "peft_type 'BOFT' is not supported; did you mean 'OFT'|peft_type 'BOFT' is not"),
         ({"target_modules": ["c_attn"]}, None, "selects no module"),
     ],
 )
