@@ -10,7 +10,7 @@ from typing import Any
 from experiments import launch, shown, workdir
 from lora_jax import assess, records
 from lora_jax import config as config_lib
-from lora_jax.assemble import Parts, assemble, save_adapter
+from lora_jax.assemble import Parts, assemble, moments, save_adapter
 from lora_jax.lift import lift
 from lora_jax.settings import Config
 from lora_jax.train import fit, init_delta
@@ -23,13 +23,12 @@ def main() -> None:
     workdir.check(folder, cfg)
     shown.banner(folder)
     parts = assemble(config)
-    start = init_delta(parts.base, parts.adapter, config.seed)
+    start = init_delta(parts.base, parts.adapter, config.seed, moments(config, parts))
     shown.selection(config, parts, start)
     fresh = not (folder / workdir.SUMMARY).exists()
     compare = fresh and config.generate.score > 0 and assess.can_write(parts.task)
     apply = lift(parts.base.apply)
     before = look(config, parts, start, apply, "before training") if compare else {}
-    del start
     workdir.claim(folder, cfg)
 
     shown.title("training")
@@ -47,6 +46,7 @@ def main() -> None:
         writers=records.make_writers(names, folder, cfg.to_dict()) if fresh else (),
         about={"config": cfg.to_dict(), "overrides": launch.overrides()},
         save=lambda where, delta: save_adapter(where, parts, delta),
+        start=start,
     )
     if compare:
         after = look(config, parts, summary.delta, apply, "after training")

@@ -31,7 +31,7 @@ from lora_jax.analyze import (
 )
 from lora_jax.audit import audit
 from lora_jax.errors import UserError
-from lora_jax.lift import AdaptedWeight, find_sites, lift
+from lora_jax.lift import AdaptedWeight, find_sites, input_moments, lift
 from lora_jax.saving import load, save
 from lora_jax.sites import Site
 
@@ -46,8 +46,8 @@ _LATE = {
 }
 
 __all__ = [
-    "AdaptedWeight", "Adapter", "Site", "UserError", "audit", "find_sites", "from_spec", "lift", "load",
-    "methods", "save",
+    "AdaptedWeight", "Adapter", "Site", "UserError", "audit", "find_sites", "from_spec", "input_moments", "lift",
+    "load",    "methods", "save",
     "amplification", "analyze", "cat", "compare", "effective_rank", "linear", "recombine", "singular_values",
     "stable_rank", "subspace_similarity", "truncate", "update", "without",
     *_LATE, *methods(),

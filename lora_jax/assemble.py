@@ -3,18 +3,22 @@
 The cheap parts come first, so that a mistake in the data is reported before a checkpoint is read.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lora_jax import adapters, data, export, models, saving, sharding, tasks, tiny
 from lora_jax.adapters import Adapter
 from lora_jax.errors import UserError
+from lora_jax.lift import input_moments
 from lora_jax.models import files
 from lora_jax.settings import Config
 
+MOMENT_EXAMPLES = 256  # training examples that an adapter which starts from data looks at
 PEFT_CONFIG = "adapter_config.json"  # the file that makes a folder an adapter in PEFT's format
 
 
@@ -96,8 +100,34 @@ def make_adapter(config: Config, base: models.Base) -> Adapter:
     return adapters.get("chain")(adapter, head(targets=[re.escape(path) for path in rest]))
 
 
+def moments(config: Config, parts: Parts) -> dict[str, Any] | None:
+    """What an adapter that starts from data needs: the inputs of its sites over the first training examples."""
+    if not parts.adapter.moments:
+        return None
+    records = parts.task.prepare(parts.splits["train"][:MOMENT_EXAMPLES])
+    batches = data.Batches(
+        [parts.task.encode(record) for record in records], batch_size=config.train.batch_size, seed=config.seed,
+        max_length=config.data.max_length,
+    )  # fmt: skip
+    paths = [p for p in _linear(parts.base) if p in _selected(parts.adapter, parts.base)]
+    total: dict[str, Any] = {}
+    for batch in batches.in_order():
+        inputs = parts.task.inputs(batch)
+        found = input_moments(parts.base.apply, parts.base.variables, parts.base.sites, paths, **inputs)
+        total = {p: found[p] + total.get(p, 0.0) for p in paths}
+    return total
+
+
+def _linear(base: models.Base) -> list[str]:
+    return [p for p, s in base.sites.items() if set(s.uses) == {"linear"}]
+
+
 def _selected(adapter: Adapter, base: models.Base) -> set[str]:
-    """Paths that an adapter takes; nothing is computed."""
+    """Paths that an adapter takes; nothing is computed, unless its choice depends on data."""
+    if adapter.moments:
+        sites = base.sites
+        even = {p: np.eye(math.prod(sites[p].dims(sites[p].fan_in))) for p in _linear(base)}
+        return set(adapter.init(jax.random.key(0), base.variables, sites, batch=even))
     return set(jax.eval_shape(lambda key, v: adapter.init(key, v, base.sites), jax.random.key(0), base.variables))
 
 

@@ -36,10 +36,10 @@ class Summary(dict):
     delta: Any = None
 
 
-def init_delta(base: Any, adapter: Any, seed: int = 0) -> Any:
-    """The delta that a run with this seed starts from."""
+def init_delta(base: Any, adapter: Any, seed: int = 0, moments: Any = None) -> Any:
+    """The delta that a run with this seed starts from; `moments` for an adapter that starts from data."""
     key = jax.random.fold_in(jax.random.key(seed), trees.stable_hash("init"))
-    return adapter.init(key, base.variables, base.sites)
+    return adapter.init(key, base.variables, base.sites, batch=moments)
 
 
 def fit(
@@ -57,6 +57,7 @@ def fit(
     echo: Echo | None = print,
     about: Mapping[str, Any] | None = None,
     save: Callable[[Path, Any], None] | None = None,
+    start: Any = None,
 ) -> Summary:
     """Trains a delta, or goes on with a run that was broken off.
 
@@ -74,6 +75,7 @@ def fit(
       echo: takes what is shown; None shows nothing.
       about: more fields of the manifest.
       save: writes the adapter into a folder: `save(workdir / "adapter", delta)`.
+      start: the delta to start from; None makes it by `init_delta`.
 
     Returns:
       The content of summary.json, with the saved delta as its attribute `delta`.
@@ -94,7 +96,7 @@ def fit(
         Checkpoints(workdir / "checkpoints", keep=settings.keep) as checkpoints,
         Signals() as signals,
     ):
-        parts = _parts(base, adapter, task, settings, total, seed, mesh, echo)
+        parts = _parts(base, adapter, task, settings, total, seed, mesh, echo, start)
         book, state = _resume(checkpoints, parts["state"], task)
         finished = (workdir / "summary.json").exists()
         metrics = records.MetricsFile(workdir / "metrics.jsonl", lambda record: finished or _known(record, book))
@@ -159,7 +161,7 @@ def _identity(base, adapter, task, settings, seed, batches) -> dict[str, Any]:
     }
 
 
-def _parts(base, adapter, task, settings, total, seed, mesh, echo) -> dict[str, Any]:
+def _parts(base, adapter, task, settings, total, seed, mesh, echo, start) -> dict[str, Any]:
     """Everything that lives on the devices or is compiled for them."""
     learning_rate = optim.make_schedule(settings.schedule, settings.learning_rate, total, settings.warmup)
     tx = optim.make_optimizer(
@@ -172,7 +174,7 @@ def _parts(base, adapter, task, settings, total, seed, mesh, echo) -> dict[str, 
         eps=settings.eps,
     )
     tx = adapter.wrap(tx) if getattr(adapter, "wrap", None) else tx
-    delta = init_delta(base, adapter, seed)
+    delta = init_delta(base, adapter, seed) if start is None else start
     mask = adapter.trainable(delta)
     if not any(jax.tree.leaves(mask)):
         raise UserError("the adapter trains nothing: it has no trainable leaf; choose other targets or another method")

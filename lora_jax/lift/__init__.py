@@ -6,7 +6,8 @@ ways in.
 """
 
 from lora_jax.lift.find import find_sites
+from lora_jax.lift.moments import input_moments
 from lora_jax.lift.trace import lift
 from lora_jax.lift.weight import AdaptedWeight, Axes, is_adapted
 
-__all__ = ["AdaptedWeight", "Axes", "find_sites", "is_adapted", "lift"]
+__all__ = ["AdaptedWeight", "Axes", "find_sites", "input_moments", "is_adapted", "lift"]
