@@ -147,6 +147,5 @@ def lora(
 def start(key: jax.Array, leaf: Any, site: Any, option: Any, init: str, moments: Any = None) -> LoRA:
     """One site's initial entry; also of methods that add to LoRA."""
     at = inits.start_of(key, leaf, site, option, moments)
-    ranks = tuple(int(n) for n in at.ranks.reshape(-1))
-    scales = tuple(float(s) for s in at.scales.reshape(-1))
+    ranks, scales = at.static()
     return LoRA(**inits.initial(at, init)._asdict(), axes=Axes.of(site), ranks=ranks, scales=scales)

@@ -74,6 +74,17 @@ class Start:
         """(*batch, n_in, r) and (*batch, r, n_out) with the weight's own axes."""
         return a.reshape(*self.batch, *self.fan_in, -1), b.reshape(*self.batch, -1, *self.fan_out)
 
+    def alive(self, factor: Array, axis: int) -> Array:
+        """A factor with zeros beyond each layer's own rank along an axis: a fixed point of the optimizers."""
+        live = np.arange(self.r) < self.ranks[..., None]  # (*batch, r)
+        shape = [*self.batch, *(1,) * (factor.ndim - len(self.batch))]
+        shape[axis] = self.r
+        return jnp.where(live.reshape(shape), factor, 0)
+
+    def static(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Rank and scale of each batch index, for an entry's static fields."""
+        return tuple(int(n) for n in self.ranks.reshape(-1)), tuple(float(s) for s in self.scales.reshape(-1))
+
 
 class Factors(NamedTuple):
     """Attributes: a0, b0: of the update that is subtracted; None where the first update is zero."""
@@ -89,10 +100,7 @@ def initial(start: Start, init: str) -> Factors:
     found = INITS[init](start)
     if isinstance(found, Factors):
         return found
-    live = np.arange(start.r) < start.ranks[..., None]  # (*batch, r): a fixed point of the optimizers in both factors
-    at_a = live.reshape(*start.batch, *(1,) * len(start.fan_in), start.r)
-    at_b = live.reshape(*start.batch, start.r, *(1,) * len(start.fan_out))
-    a, b = jnp.where(at_a, found[0], 0), jnp.where(at_b, found[1], 0)
+    a, b = start.alive(found[0], -1), start.alive(found[1], len(start.batch))
     return Factors(a, b, a, b) if init in RESIDUAL else Factors(a, b)
 
 

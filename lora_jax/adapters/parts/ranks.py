@@ -25,7 +25,8 @@ def default_targets(sites: Sites) -> list[str]:
 
 
 def choose_ranks(
-    sites: Sites, *, method: str, targets: Any, layers: Any, rank: Any, alpha: Any, scaling: str = "alpha/r"
+    sites: Sites, *, method: str, targets: Any, layers: Any, rank: Any, alpha: Any, scaling: str = "alpha/r",
+    bounded: bool = True,
 ) -> dict[str, Ranks]:
     """Selects sites and gives each its rank and scale.
 
@@ -36,6 +37,7 @@ def choose_ranks(
       rank: an integer, or (pattern, rank) rules; 0 leaves a site, or a layer of a stack, out.
       alpha: a number, or rules.
       scaling: a name in `SCALINGS`.
+      bounded: whether a rank above min(fan_in, fan_out) is a mistake.
 
     Returns:
       `{path: (ranks, scales)}` of the sites with a rank.
@@ -49,7 +51,7 @@ def choose_ranks(
     out = {}
     for p in paths:
         spread = flags[p] if len(flags[p]) == len(ranks[p]) else flags[p] * len(ranks[p])
-        own = [check_rank(r, sites[p]) if keep else 0 for r, keep in zip(ranks[p], spread, strict=True)]
+        own = [check_rank(r, sites[p], bounded) if keep else 0 for r, keep in zip(ranks[p], spread, strict=True)]
         scales = [SCALINGS[scaling](_number(a), r) if r else 0.0 for a, r in zip(alphas[p], own, strict=True)]
         out[p] = (own, scales)
     if not any(any(own) for own, _ in out.values()):
@@ -77,17 +79,17 @@ def check_matrices(sites: Sites, paths: list[str], method: str) -> list[str]:
     return paths
 
 
-def check_rank(rank: Any, site: Site) -> int:
+def check_rank(rank: Any, site: Site, bounded: bool = True) -> int:
     """The rank itself.
 
     Raises:
-      UserError: not a whole number from 0 to min(fan_in, fan_out).
+      UserError: not a whole number from 0 to min(fan_in, fan_out), or from 0 where it is not bounded.
     """
     if type(rank) is not int or rank < 0:
         raise UserError(
             f"rank must be an integer of at least 0 (a rule may give it by pattern), got {rank!r} for {site.path!r}"
         )
-    if rank > site.max_rank:
+    if bounded and rank > site.max_rank:
         raise UserError(
             f"rank {rank} is above min(fan_in, fan_out) = {site.max_rank} of {site.path!r} with shape {site.shape}; "
             f"a rank of at most {site.max_rank} says everything there is to say"
@@ -114,8 +116,9 @@ def _number(value: Any) -> float:
 
 
 def batch_of(one: Any) -> tuple[int, ...]:
-    """Sizes of an entry's batch axes, told by its factor `a`."""
-    return tuple(one.a.shape[: len(one.axes.batch)])
+    """Sizes of an entry's batch axes, told by the first of its arrays."""
+    first = next(name for name in one.layout if getattr(one, name) is not None)
+    return tuple(getattr(one, first).shape[: len(one.axes.batch)])
 
 
 def scale_at(one: Any, scale: Any) -> jax.Array:
@@ -130,7 +133,7 @@ def keys_at(one: Any, key: Any, dropout: float) -> Any:
 
 
 def idle(one: Any) -> int:
-    """Leading slices of a stack whose rank is zero throughout."""
+    """Leading slices of a stack that nothing acts on: whose `ranks` are zero throughout."""
     batch = batch_of(one)
     if not batch or 0 not in one.axes.batch[:1]:
         return 0
