@@ -128,7 +128,9 @@ def _count(delta: Mapping[str, Any], mask: Any) -> tuple[dict[str, int], dict[st
         pairs = list(zip(jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(mask[path]), strict=True))
         trained[path] = sum(x.size for x, on in pairs if on)
         stored[path] = sum(x.size for x, on in pairs if not on)
-        if ranks := getattr(one, "ranks", None):
+        if hasattr(one, "parameters"):
+            trained[path] = one.parameters()
+        elif ranks := getattr(one, "ranks", None):
             trained[path] = trained[path] * sum(ranks) // (max(ranks) * len(ranks))
     return trained, stored
 
@@ -178,7 +180,9 @@ def _rows(spec: Mapping, delta: Mapping[str, Any], sites: Sites, trained: Mappin
 
 
 def _what(one: Any) -> str:
-    """A few words on an entry: its class, and its rank or layers where it has them."""
+    """A few words on an entry: its own, or its class, and its rank or layers where it has them."""
+    if hasattr(one, "about"):
+        return one.about()
     name = type(one).__name__.lower()
     if ranks := getattr(one, "ranks", None):
         distinct = sorted(set(ranks))

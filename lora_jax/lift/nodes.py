@@ -1,10 +1,11 @@
-"""The forms that most methods take at a weight: a low-rank update, and an action on what a layer puts out.
+"""The forms that most methods take at a weight: a low-rank update, an action on flattened axes, one on the output.
 
 A method's own node is one of these with the method's arrays and one function: `factors` says what the update is a
 product of, `finish` what becomes of the output.
 """
 
 import dataclasses
+import math
 import string
 from typing import Any, ClassVar, Self
 
@@ -81,6 +82,36 @@ class LowRankWeight(AdaptedWeight):
             return use.apply(x, LowRankWeight.dense(self))
         y = use.apply(x, self.base)
         return y + use.factored(self.dropped(x), *self.factors(), self.axes).astype(y.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlatWeight(AdaptedWeight):
+    """Acts on fan_in (and fan_out) as one axis each, flattened in the order of `axes`: no part of one has a meaning."""
+
+    sliceable: ClassVar[tuple[str, ...]] = ("batch",)
+
+    def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Sizes of the batch, the fan_in and the fan_out axes."""
+        batch, fan_in, fan_out = (tuple(self.shape[i] for i in axes) for axes in self._roles())
+        return batch, fan_in, fan_out
+
+    def flat(self, weight: jax.Array) -> jax.Array:
+        """A dense weight as (*batch, n_in, n_out)."""
+        batch, fan_in, fan_out = self.sizes()
+        ordered = weight.transpose([i for axes in self._roles() for i in axes])
+        return ordered.reshape(*batch, math.prod(fan_in), math.prod(fan_out))
+
+    def unflat(self, matrix: jax.Array) -> jax.Array:
+        """The inverse of `flat`."""
+        order = [i for axes in self._roles() for i in axes]
+        whole = matrix.reshape([n for sizes in self.sizes() for n in sizes])
+        return whole.transpose([order.index(i) for i in range(len(order))])
+
+    def reshape(self, shape: Any) -> Self:
+        """As long as the order of the axes is that of the weight: sorting them would shuffle what is flattened."""
+        if any(list(axes) != sorted(axes) for axes in self._roles()):
+            raise NotStructural
+        return super().reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

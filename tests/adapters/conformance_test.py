@@ -327,8 +327,10 @@ def test_learns(method):
 
 OTHER = {
     "rank": 3, "alpha": 1.0, "layers": "last:1", "dropout": 0.5, "targets": "layers_1/kernel",
-    "feedforward": ".*_1/kernel",
+    "feedforward": ".*_1/kernel", "decompose_factor": 4, "block_size": 2, "blocks": 2,
 }  # fmt: skip
+# What a knob needs beside it to matter on so small a weight.
+WITH: dict[str, dict] = {"decompose_both": {"decompose_factor": 8}, "share_blocks": {"block_size": 4}}
 IN_GRADIENTS = ("norm_gradient",)  # knobs that change nothing but gradients
 
 
@@ -352,7 +354,7 @@ KNOBS = [(m, name) for m in METHODS for name in lj.adapters.options(m)]
 @pytest.mark.parametrize(("method", "knob"), KNOBS)
 def test_every_knob_changes_something(method, knob):
     site = kinds.get("dense")
-    usual = kinds.options_for(method, site)
+    usual = kinds.options_for(method, site) | WITH.get(knob, {})
     default = lj.adapters.options(method)[knob]
 
     def effect(options):

@@ -25,7 +25,14 @@ def default_targets(sites: Sites) -> list[str]:
 
 
 def choose_ranks(
-    sites: Sites, *, method: str, targets: Any, layers: Any, rank: Any, alpha: Any, scaling: str = "alpha/r",
+    sites: Sites,
+    *,
+    method: str,
+    targets: Any,
+    layers: Any,
+    rank: Any,
+    alpha: Any,
+    scaling: str = "alpha/r",
     bounded: bool = True,
 ) -> dict[str, Ranks]:
     """Selects sites and gives each its rank and scale.
@@ -100,7 +107,7 @@ def check_rank(rank: Any, site: Site, bounded: bool = True) -> int:
 def check_word(method: str, name: str, value: Any, known: Any) -> None:
     """Raises if an option is not one of the words it may be."""
     if value not in known:
-        raise UserError(f"{method}: {name}={value!r} is unknown; {did_you_mean(str(value), list(known))}")
+        raise UserError(f"{method}: {name}={value!r} is unknown; {did_you_mean(str(value), map(str, known))}")
 
 
 def check_dropout(dropout: Any) -> None:
