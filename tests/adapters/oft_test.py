@@ -169,3 +169,27 @@ def test_more_mistakes():
     adapter = lj.oft()
     with pytest.raises(lj.UserError, match="oft has no scale"):
         adapter.bind({"w": jnp.zeros((2, 8, 6))}, start(adapter, stack), scale=2.0)
+
+
+@pytest.mark.parametrize("method", ["oft", "lokr"])
+def test_axes_merged_in_another_order_than_the_weights(method):
+    """What is flattened has its order: the weight is made dense rather than shuffled, and only with leave."""
+
+    def function(v, x):
+        return x @ v["w"].transpose(1, 0, 2).reshape(12, 5)
+
+    variables, x = noisy({"w": jnp.zeros((2, 6, 5))}), noisy(jnp.zeros((3, 12)))
+    adapter = lj.adapters.get(method)()
+    delta = noisy(adapter.init(jax.random.key(0), variables, lj.find_sites(function, variables, x)))
+    bound = adapter.bind(variables, delta)
+    with pytest.raises(lj.UserError, match="reshape"):
+        lj.lift(function)(bound, x)
+    out = lj.lift(function, on_dense="allow")(bound, x)
+    close(out, function(adapter.merge(variables, delta), x), 1e-5)
+
+
+def test_a_slice_along_fan_out_is_turned_alike():
+    adapter, variables, x = lj.oft(3), noisy({"w": jnp.zeros((6, 8))}), noisy(jnp.zeros((3, 6)))
+    delta = noisy(start(adapter, site("w", (6, 8))))
+    out = lj.lift(lambda v, x: x @ v["w"][:, 2:5])(adapter.bind(variables, delta), x)
+    close(out, x @ adapter.merge(variables, delta)["w"][:, 2:5], 1e-5)
