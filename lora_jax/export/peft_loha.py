@@ -13,7 +13,7 @@ from lora_jax.export import peft_modules as modules
 from lora_jax.export import peft_names as names
 from lora_jax.lift.weight import Axes
 
-TYPE = "LOHA"
+TYPE, METHODS = "LOHA", ("loha",)
 _OFF = {"use_effective_conv2d": (False,)}  # PEFT's dropouts act in training alone and are not carried over
 
 
@@ -33,20 +33,7 @@ def write(adapter: Adapter, delta: Mapping[str, LoHa], base: Any) -> tuple[dict[
             key = f"{names.PREFIX}{own[path]}.hada_w{i}"
             tensors[key + "_a"] = np.asarray(b).reshape(b.shape[0], -1)[:rank].T
             tensors[key + "_b"] = np.asarray(a).reshape(-1, a.shape[-1])[:, :rank].T
-    return {"peft_type": TYPE, **rank_fields(delta, own)}, tensors
-
-
-def rank_fields(delta: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, Any]:
-    """`r`, `alpha`, their patterns and the modules, as LoHa and LoKr have them."""
-    ranks = {p: one.ranks[0] for p, one in delta.items()}
-    r, rank_pattern = modules.usual_and_exceptions(ranks, own)
-    alphas = {p: modules.plain_number(one.scales[0] * ranks[p]) for p, one in delta.items()}
-    alpha, alpha_pattern = modules.usual_and_exceptions(alphas, own)
-    return {
-        "r": r, "alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
-        "rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": False, "init_weights": True,
-        "target_modules": sorted(own.values()),
-    }  # fmt: skip
+    return {"peft_type": TYPE, **modules.rank_fields(delta, own)}, tensors
 
 
 def read(config: Mapping[str, Any], tensors: dict, base: Any, file: Path) -> tuple[Adapter, dict[str, LoHa]]:
@@ -59,7 +46,7 @@ def read(config: Mapping[str, Any], tensors: dict, base: Any, file: Path) -> tup
     delta, alphas = {}, {}
     for path, module in modules.selected(config, base, file).items():
         site = base.sites[path]
-        rank, alphas[path] = numbers(config, module)
+        rank, alphas[path] = modules.numbers(config, module)
         fan_in, fan_out = site.dims(site.fan_in), site.dims(site.fan_out)
         key = names.PREFIX + module + ".hada_w"
         arrays: dict[str, Any] = {}
@@ -74,9 +61,3 @@ def read(config: Mapping[str, Any], tensors: dict, base: Any, file: Path) -> tup
         rank=modules.uniform(ranks), alpha=modules.uniform(alphas), targets=[modules.exact(p) for p in delta]
     )
     return adapter, delta
-
-
-def numbers(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """Rank and alpha of a module."""
-    rank = names.pattern_value(config.get("rank_pattern") or {}, module, config["r"])
-    return rank, names.pattern_value(config.get("alpha_pattern") or {}, module, config["alpha"])

@@ -16,10 +16,9 @@ from lora_jax.adapters.lokr import LoKr, factorization
 from lora_jax.errors import UserError
 from lora_jax.export import peft_modules as modules
 from lora_jax.export import peft_names as names
-from lora_jax.export.peft_loha import numbers, rank_fields
 from lora_jax.lift.weight import Axes
 
-TYPE = "LOKR"
+TYPE, METHODS = "LOKR", ("lokr",)
 _OFF = {"use_effective_conv2d": (False,)}  # PEFT's dropouts act in training alone and are not carried over
 
 
@@ -40,7 +39,7 @@ def write(adapter: Adapter, delta: Mapping[str, LoKr], base: Any) -> tuple[dict[
                 if getattr(one, name) is not None:
                     tensors[key + suffix] = np.asarray(getattr(one, name)).T
     options = {name: adapter.spec[name] for name in ("decompose_factor", "decompose_both")}
-    return {"peft_type": TYPE, **options, "rank_dropout_scale": False, **rank_fields(delta, own)}, tensors
+    return {"peft_type": TYPE, **options, "rank_dropout_scale": False, **modules.rank_fields(delta, own)}, tensors
 
 
 def read(config: Mapping[str, Any], tensors: dict, base: Any, file: Path) -> tuple[Adapter, dict[str, LoKr]]:
@@ -56,7 +55,7 @@ def read(config: Mapping[str, Any], tensors: dict, base: Any, file: Path) -> tup
     delta, alphas = {}, {}
     for path, module in modules.selected(config, base, file).items():
         site = base.sites[path]
-        rank, alphas[path] = numbers(config, module)
+        rank, alphas[path] = modules.numbers(config, module)
         widths = (int(np.prod(site.dims(axes))) for axes in (site.fan_in, site.fan_out))
         into, out = (factorization(n, factor) for n in widths)
         key = names.PREFIX + module + ".lokr_w"

@@ -93,3 +93,22 @@ def uniform(values: Mapping[str, Any]) -> Any:
 def exact(path: str) -> str:
     """A pattern that matches this path alone."""
     return path.replace(".", r"\.")
+
+
+def rank_fields(delta: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, Any]:
+    """`r`, `alpha`, their patterns and the modules, as LoHa and LoKr have them."""
+    ranks = {p: one.ranks[0] for p, one in delta.items()}
+    r, rank_pattern = usual_and_exceptions(ranks, own)
+    alphas = {p: plain_number(one.scales[0] * ranks[p]) for p, one in delta.items()}
+    alpha, alpha_pattern = usual_and_exceptions(alphas, own)
+    return {
+        "r": r, "alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
+        "rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": False, "init_weights": True,
+        "target_modules": sorted(own.values()),
+    }  # fmt: skip
+
+
+def numbers(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Rank and alpha of a module."""
+    rank = names.pattern_value(config.get("rank_pattern") or {}, module, config["r"])
+    return rank, names.pattern_value(config.get("alpha_pattern") or {}, module, config["alpha"])

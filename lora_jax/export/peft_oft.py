@@ -19,7 +19,7 @@ from lora_jax.export import peft_modules as modules
 from lora_jax.export import peft_names as names
 from lora_jax.lift.weight import Axes
 
-TYPE = "OFT"
+TYPE, METHODS = "OFT", ("oft",)
 KEY = ".oft_R.weight"
 _OFF = {"coft": (False,), "bias": ("none",), "fan_in_fan_out": (False,)}
 
