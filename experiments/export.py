@@ -2,6 +2,8 @@
 
 python -m experiments.export --workdir=runs/quickstart --format=peft --out=DIR   (adapter, for PEFT, vLLM, ...)
 python -m experiments.export --workdir=runs/quickstart --format=hf --out=DIR     (merged, in Hugging Face layout)
+
+A run on a quantized base is merged into the dequantized weights, since those are what its adapter was trained on.
 """
 
 from pathlib import Path
@@ -10,7 +12,7 @@ from absl import flags
 
 from experiments import launch, workdir
 from lora_jax import config as config_lib
-from lora_jax import export, models
+from lora_jax import export, models, quant
 from lora_jax.assemble import assemble, load_adapter
 from lora_jax.errors import UserError, did_you_mean
 
@@ -36,7 +38,7 @@ def main() -> None:
         export.save_peft(out, adapter, delta, parts.base)
     else:
         merged = export.merge(adapter, delta, parts.base.variables)
-        models.save_pretrained(out, parts.base, merged)
+        models.save_pretrained(out, parts.base, quant.dequantize(merged))
         print(export.rounding(adapter, delta, parts.base.variables, merged))
     print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} to {out}")
 

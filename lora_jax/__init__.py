@@ -43,6 +43,7 @@ _LATE = {
     "save_pretrained": "models",
     "save_peft": "export",
     "load_peft": "export",
+    "quantize": "quant",
 }
 
 __all__ = [

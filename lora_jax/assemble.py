@@ -80,11 +80,21 @@ def load_data(config: Config, need: tuple[str, ...]) -> data.Splits:
 
 
 def load_base(config: Config, num_labels: int | None = None) -> models.Base:
-    """The base; a fresh head has the run's seed."""
+    """The base, quantized if the config says so; a fresh head has the run's seed."""
     model = config.model
-    return models.load_pretrained(
-        model_path(config), dtype=model.dtype, num_labels=num_labels, dropout=model.dropout, seed=config.seed
-    )
+    with jax.default_device(_host() if config.quant else None):
+        base = models.load_pretrained(
+            model_path(config), dtype=model.dtype, num_labels=num_labels, dropout=model.dropout, seed=config.seed
+        )
+    return models.quantized(base, config.quant) if config.quant else base
+
+
+def _host() -> jax.Device | None:
+    """Where dense weights wait to be quantized, so that they never fill an accelerator; None where JAX has no CPU."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def make_adapter(config: Config, base: models.Base) -> Adapter:

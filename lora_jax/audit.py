@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import trees
+from lora_jax import quant, trees
 from lora_jax.adapters import Adapter
 from lora_jax.adapters.base import is_shared
 from lora_jax.errors import UserError
-from lora_jax.lift import lift
+from lora_jax.lift import is_adapted, lift
 from lora_jax.sites import Sites, parse_patterns
 
 
@@ -118,7 +118,8 @@ def audit(
         else _difference(adapter, dict(delta), variables, function, args, kwargs)
     )
     rows = _rows(adapter.spec, delta, sites, trained)
-    return Audit(rows, sum(trained.values()), sum(stored.values()), trees.count(variables), difference, notes)
+    total, notes = trees.count(variables, is_adapted), (*quant.summary(variables), *notes)
+    return Audit(rows, sum(trained.values()), sum(stored.values()), total, difference, notes)
 
 
 def _count(delta: Mapping[str, Any], mask: Any) -> tuple[dict[str, int], dict[str, int]]:
@@ -145,7 +146,8 @@ def _difference(adapter: Adapter, delta: Any, variables: Any, function: Callable
 
     # Everything but the arrays is static, so the arguments are closed over; the base is passed.
     def outputs(variables, delta):
-        return function(variables, *args, **kwargs), apply(adapter.bind(variables, delta), *args, **kwargs)
+        # A quantized base needs lifting too; without one `apply` is the function itself.
+        return apply(variables, *args, **kwargs), apply(adapter.bind(variables, delta), *args, **kwargs)
 
     base, adapted = jax.jit(outputs)(variables, delta)
     worst = 0.0

@@ -34,6 +34,10 @@ def default() -> ConfigDict:
     cfg.model.dtype = "float32"  # of the frozen base: float32, bfloat16 or float16
     cfg.model.dropout = placeholder(float)  # unset: the checkpoint's own
 
+    cfg.quant = (
+        ""  # number format of the frozen base, a file of lora_jax/quant: nf4 (QLoRA), fp4, int8, int4; '' is none
+    )
+
     cfg.data = ConfigDict()
     cfg.data.path = ""  # directory of train/dev/test.jsonl, one file, or hub id; '' is the embedded second domain
     cfg.data.fields = ConfigDict()  # our field name -> the data's: --config.data.fields.text=sentence
@@ -134,6 +138,7 @@ def resolve(cfg: ConfigDict, overrides: Collection[str] = ()) -> Config:
         adapter=choose_adapter(tree["adapter"], overrides),
         train=TrainSettings(**tree["train"] | _length(tree["train"], overrides)),
         mesh=Mesh(**tree["mesh"]),
+        quant=tree["quant"],
         generate=Generate(**tree["generate"]),
         log=Log(**tree["log"]),
     )

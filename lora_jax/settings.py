@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lora_jax import adapters, tasks
+from lora_jax import adapters, quant, tasks
 from lora_jax.errors import UserError, did_you_mean
 from lora_jax.sites import parse_layers, parse_patterns
 from lora_jax.train_settings import TrainSettings
@@ -126,7 +126,11 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run, all of it checked."""
+    """One run, all of it checked.
+
+    Attributes:
+      quant: number format of the frozen base; '' leaves it as it is.
+    """
 
     seed: int
     model: Model
@@ -137,9 +141,12 @@ class Config:
     mesh: Mesh
     generate: Generate
     log: Log
+    quant: str = ""
 
     def __post_init__(self):
         _check(self.seed >= 0, "seed", self.seed, "0 or more")
+        if self.quant and self.quant not in quant.formats():
+            raise UserError(f"quant={self.quant!r} is not a number format: {did_you_mean(self.quant, quant.formats())}")
 
 
 def choose_adapter(section: Mapping[str, Any], overrides: Collection[str] = ()) -> Adapter:

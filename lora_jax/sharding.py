@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax import trees
 from lora_jax.errors import UserError, did_you_mean
+from lora_jax.lift import is_adapted
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -118,7 +119,8 @@ def base_specs(variables: Any, rules: Rules, mesh: Mesh, note: Note | None = Non
       UserError: a rule names an unknown axis.
     """
     note = note or (lambda _: None)
-    return {path: _spec(path, leaf.shape, rules, mesh, note) for path, leaf in trees.flatten(variables).items()}
+    leaves = trees.flatten(variables, is_leaf=is_adapted)
+    return {path: _spec(path, leaf.shape, rules, mesh, note) for path, leaf in leaves.items()}
 
 
 def _spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh, note: Note) -> P:
@@ -246,7 +248,20 @@ def slot_specs(slots: Any, params: Any, specs: Any) -> Any:
 
 
 def place_base(variables: Any, specs: Mapping[str, P] | None, mesh: Mesh | None) -> Any:
-    """Puts the base on the devices; leaves outside the specs are replicated."""
+    """Puts the base on the devices, a quantized weight as its dense one; leaves outside the specs are replicated."""
     specs = specs or {}
-    targets = trees.map_with_path(lambda path, _: sharding(mesh, specs.get(path, P())), variables)
+
+    def one(path, leaf):
+        return shardings(mesh, _quantized_specs(leaf, specs.get(path, P()), mesh))
+
+    targets = trees.map_with_path(one, variables, is_leaf=is_adapted)
     return jax.device_put(variables, targets)
+
+
+def _quantized_specs(leaf: Any, spec: P, mesh: Mesh | None) -> Any:
+    """The spec of an array; of a quantized weight one for each packed array, whole where an axis does not divide."""
+    if not is_adapted(leaf):
+        return spec
+    own = leaf.placement(spec)
+    fit = lambda array, one: P(*_divisible(list(one), array.shape, mesh))  # noqa: E731
+    return jax.tree.map(fit, leaf, own)

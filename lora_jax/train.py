@@ -20,7 +20,7 @@ from lora_jax import evaluate, manifest, optim, records, sharding, trees
 from lora_jax.checkpoint import Checkpoints
 from lora_jax.data import Batches
 from lora_jax.errors import UserError
-from lora_jax.lift import lift
+from lora_jax.lift import is_adapted, lift
 from lora_jax.loop import Book, Loop, Plan, evaluation_record
 from lora_jax.progress import Echo, Progress
 from lora_jax.step import TrainState, delta_of, init_state, make_train_step
@@ -262,7 +262,7 @@ def _finish(loop: Loop, base, settings, splits, batches, workdir: Path, save) ->
     summary = Summary(
         step=book.step,
         trainable_params=trees.count(loop.state.trainable),
-        total_params=sum(math.prod(leaf.shape) for leaf in trees.flatten(base.variables).values()),
+        total_params=sum(math.prod(leaf.shape) for leaf in trees.flatten(base.variables, is_adapted).values()),
         seconds=book.seconds,
         dev=found["dev"],
         test=found["test"],

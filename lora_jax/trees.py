@@ -68,9 +68,9 @@ def replace(tree: Tree, new: Mapping[str, Any], is_leaf: Callable | None = None)
     return treedef.unflatten([new.get(path, leaf) if path is not None else leaf for path, leaf in pairs])
 
 
-def map_with_path(function: Callable[[str, Any], Any], tree: Tree) -> Tree:
+def map_with_path(function: Callable[[str, Any], Any], tree: Tree, is_leaf: Callable | None = None) -> Tree:
     """Returns the tree with `function(path, leaf)` at every leaf (path is '' outside the `params` collection)."""
-    pairs, treedef = _leaves(tree)
+    pairs, treedef = _leaves(tree, is_leaf)
     return treedef.unflatten([function(path or "", leaf) for path, leaf in pairs])
 
 
@@ -79,9 +79,10 @@ def matches(pattern: str, path: str) -> bool:
     return re.fullmatch(pattern, path) is not None
 
 
-def count(tree: Tree) -> int:
-    """Number of elements of all array leaves."""
-    return sum(int(np.prod(np.shape(x))) for x in jax.tree_util.tree_leaves(tree))
+def count(tree: Tree, is_leaf: Callable | None = None) -> int:
+    """Number of elements of all array leaves; of a node that `is_leaf` names, the number that its shape says."""
+    leaves = jax.tree_util.tree_leaves(tree, is_leaf)
+    return sum(int(np.prod(x.shape if hasattr(x, "shape") else np.shape(x))) for x in leaves)
 
 
 def stable_hash(text: str) -> int:

@@ -15,10 +15,10 @@ ORDER = [
     ["sites"],
     ["lift"],
     ["adapters"],
+    ["quant"],
     ["saving"],
     ["audit"],
     ["analyze"],
-    ["quant"],
     ["models"],
     ["data"],
     ["tasks"],
@@ -48,6 +48,7 @@ RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 SHARED = {
     "adapters": {"base", "parts", "full", "lora"},  # full: in place, which head, layers, ... narrow; dora adds to lora
     "models": {"base", "cache", "files", "hf", "layers", "options", "registry", "rotary", "tensor"},
+    "quant": {"base", "blocks", "product", "store", "table"},
     "tasks": {"base", "causal"},
 }
 EDGE = {"absl", "ml_collections"}

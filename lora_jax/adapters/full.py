@@ -64,6 +64,7 @@ def in_place(spec: dict, choose: Any) -> Adapter:
 
 def start_in_place(leaf: Any, site: Site, flags: Sequence[bool]) -> Full:
     """The trained copy of a weight, of the layers whose flag is set."""
+    _check_not_quantized(leaf, site.path)
     axis, kept = site.layer_axis, tuple(i for i, f in enumerate(flags) if f)
     if axis is None or all(flags):
         return Full(value=jnp.asarray(leaf, jnp.float32), axes=Axes.of(site))
@@ -75,8 +76,9 @@ def written(base: Any, one: Full, path: str) -> Any:
     """The weight with the trained copy in place of the frozen array, below whatever another adapter has put there.
 
     Raises:
-      UserError: the copy is of another shape.
+      UserError: the copy is of another shape, or the weight is quantized.
     """
+    _check_not_quantized(base, path)
     expected = list(base.shape)
     if one.kept is not None:
         expected[one.layer_axis or 0] = len(one.kept)
@@ -91,3 +93,11 @@ def written(base: Any, one: Full, path: str) -> Any:
         return one.value.astype(base.dtype)
     where = (slice(None),) * (one.layer_axis or 0) + (jnp.asarray(one.kept),)
     return base.at[where].set(one.value.astype(base.dtype))
+
+
+def _check_not_quantized(base: Any, path: str) -> None:
+    if isinstance(base, AdaptedWeight) and base.frozen:
+        raise UserError(
+            f"{path!r} is quantized, and this method trains the weight itself, which few bits cannot hold. Leave it out "
+            "of the targets or of `quantize`, or choose a method that adds to the weight, such as lora"
+        )

@@ -19,7 +19,7 @@ from lora_jax.adapters.full import Full
 from lora_jax.errors import UserError, nearest
 from lora_jax.export import codecs, peft_biases
 from lora_jax.export import peft_names as names
-from lora_jax.lift.weight import Axes
+from lora_jax.lift.weight import Axes, is_adapted
 
 
 def load_peft(directory: str | Path, base: Any) -> tuple[Adapter, dict[str, Any]]:
@@ -47,7 +47,7 @@ def load_peft(directory: str | Path, base: Any) -> tuple[Adapter, dict[str, Any]
         parts.append((_in_place("full", saved), saved))
     _check_empty(tensors, base, file)
     whole, together_delta = together(parts)
-    order = [p for p in together_delta if p.startswith("@")] + list(trees.flatten(base.variables))
+    order = [p for p in together_delta if p.startswith("@")] + list(trees.flatten(base.variables, is_adapted))
     return whole, {p: together_delta[p] for p in order if p in together_delta}
 
 
@@ -77,7 +77,7 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 def _saved(tensors: dict, base: Any, file: Path, prefix: str) -> dict[str, Full]:
     """Modules saved whole."""
-    out, leaves = {}, trees.flatten(base.variables)
+    out, leaves = {}, trees.flatten(base.variables, is_adapted)
     for path, tensor in base.family.tensors(base.config, base.num_labels).items():
         if prefix + tensor.name in tensors:
             shape = leaves[path].shape

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax import trees
+from lora_jax.lift.weight import is_adapted
 from lora_jax.adapters import Adapter
 from lora_jax.adapters.chain import members
 from lora_jax.adapters.full import Full
@@ -123,7 +124,7 @@ def _saved_modules(trained: Sequence[str], base: Any) -> list[str]:
 
 
 def _module_tensors(in_place: Mapping[str, Full], saved: list[str], base: Any, prefix: str) -> dict[str, np.ndarray]:
-    leaves, out = trees.flatten(base.variables), {}
+    leaves, out = trees.flatten(base.variables, is_adapted), {}
     for path, tensor in base.family.tensors(base.config, base.num_labels).items():
         if names.module_of(tensor.name) in saved:
             value = in_place[path].value if path in in_place else leaves[path]

@@ -81,18 +81,22 @@ def _scan(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
 
 def _frontier(shared: list, xs: list, params: Any) -> int:
     """How many first steps of a scan meet no adapted layer; the backward pass need not enter those."""
-    adapted = [v for v in xs if is_adapted(v)]
-    if params["reverse"] or any(map(is_adapted, shared)) or not adapted:
+    adapted = [v for v in xs if _trains(v)]
+    if params["reverse"] or any(map(_trains, shared)) or not adapted:
         return 0
     frontier = min(v.idle for v in adapted)
     return frontier if frontier < params["length"] else 0
+
+
+def _trains(value: Any) -> bool:
+    return is_adapted(value) and not value.frozen
 
 
 def _split(xs: list, frontier: int, length: int) -> tuple[list, list]:
     """The operands of the steps below the frontier, plain weights there, and of those above."""
 
     def plain(v):
-        while is_adapted(v) and v.idle >= frontier:
+        while _trains(v) and v.idle >= frontier:
             v = v.base
         return v
 

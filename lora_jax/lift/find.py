@@ -20,7 +20,7 @@ from lora_jax import trees
 from lora_jax.errors import UserError
 from lora_jax.lift.interpret import Interpreter
 from lora_jax.lift.trace import Call
-from lora_jax.lift.weight import AdaptedWeight, Axes, NotStructural, register, regroup
+from lora_jax.lift.weight import AdaptedWeight, Axes, NotStructural, is_adapted, register, regroup
 from lora_jax.sites import Site, layer_index
 
 
@@ -212,7 +212,8 @@ def find_sites(function: Callable, variables: Any, *args: Any, **kwargs: Any) ->
 
     Args:
       function: called as `function(variables, *args, **kwargs)`; any traceable function.
-      variables: `{'params': ...}`, a plain tree of weights, or an NNX state; arrays or `jax.ShapeDtypeStruct`s.
+      variables: `{'params': ...}`, a plain tree of weights, or an NNX state; arrays, quantized weights or
+        `jax.ShapeDtypeStruct`s.
       *args: example arguments; arrays (or `jax.ShapeDtypeStruct`s) are traced, everything else is static.
       **kwargs: likewise.
 
@@ -225,7 +226,7 @@ def find_sites(function: Callable, variables: Any, *args: Any, **kwargs: Any) ->
     """
     records = {
         path: Record(path, tuple(leaf.shape), leaf.dtype)
-        for path, leaf in trees.flatten(variables).items()
+        for path, leaf in trees.flatten(variables, is_leaf=is_adapted).items()
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     }
     if not records:
@@ -233,9 +234,8 @@ def find_sites(function: Callable, variables: Any, *args: Any, **kwargs: Any) ->
             "find_sites: the variables (the argument after the function) hold no floating-point weights; "
             f"expected {{'params': ...}}, a tree of weights or an NNX state, got {type(variables).__name__}"
         )
-    leaves = trees.flatten(variables)
-    probes = {p: _probe(r, leaves[p]) for p, r in records.items()}
-    call = Call((trees.replace(variables, probes), *args), kwargs)
+    probes = {p: _probe(r) for p, r in records.items()}
+    call = Call((trees.replace(variables, probes, is_leaf=is_adapted), *args), kwargs)
     closed, _ = call.trace(function)
 
     def evaluate(consts, traced):
@@ -245,9 +245,8 @@ def find_sites(function: Callable, variables: Any, *args: Any, **kwargs: Any) ->
     return {path: _site(record, records) for path, record in records.items()}
 
 
-def _probe(record: Record, leaf: Any) -> Probe:
+def _probe(record: Record) -> Probe:
     base = jax.ShapeDtypeStruct(record.shape, record.dtype)
-    del leaf
     origin = tuple((a,) for a in range(len(record.shape)))
     return Probe(base=base, axes=Axes(), path=record.path, record=record, origin=origin)
 

@@ -67,7 +67,7 @@ def flat_low_rank(x: Array, a: Array, b: Array, precision: Any = None) -> Array:
     Under a mesh the operands keep their dimensions: merging a sharded with an unsharded one would cost all-gathers.
     """
     if not jax.sharding.get_abstract_mesh().empty:
-        return low_rank(*_varying_alike(x, a, b), precision)
+        return low_rank(*varying_alike(x, a, b), precision)
     lead = x.shape[: x.ndim - (a.ndim - 1)]
     rank, out = b.shape[0], b.shape[1:]
     # No -1 in the shapes: it cannot be told for an empty batch.
@@ -76,7 +76,7 @@ def flat_low_rank(x: Array, a: Array, b: Array, precision: Any = None) -> Array:
     return y.reshape(*lead, *out)
 
 
-def _varying_alike(*arrays: Array) -> list[Array]:
+def varying_alike(*arrays: Array) -> list[Array]:
     """Marks all as varying over the manual axes that any of them varies over, which is nothing outside `shard_map`.
 
     A derivative rule of one's own must return what varies as its input does; the sum over the other axes is the

@@ -97,7 +97,7 @@ class Trace:
 
 def check_used(traced: list, used: set[str]) -> None:
     """Raises if an adapted weight reached no operation: the adapter would train and do nothing."""
-    idle = [v.path for v in traced if is_adapted(v) and v.path not in used]
+    idle = [v.path for v in traced if is_adapted(v) and not v.frozen and v.path not in used]
     if idle:
         raise UserError(
             f"{len(idle)} adapted weight(s) are never used by the function, so adapting them does nothing: "

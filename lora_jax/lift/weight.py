@@ -90,6 +90,7 @@ class AdaptedWeight:
       idle: how many leading slices of a stack are nothing but the base (no layer below the first adapted one).
       layout: field name -> the roles its leading dimensions run along; any other word is a private dimension.
       sliceable: roles along which a slice of the weight is the weight of the slice.
+      frozen: True for a number format: nothing about it trains, so no backward pass is owed to it.
     """
 
     base: Any
@@ -99,6 +100,7 @@ class AdaptedWeight:
 
     layout: ClassVar[dict[str, tuple[str, ...]]] = {}
     sliceable: ClassVar[tuple[str, ...]] = ROLES
+    frozen: ClassVar[bool] = False
 
     # What a method implements.
 
@@ -202,6 +204,14 @@ class AdaptedWeight:
             fields["base"] = self.base.unstacked(scanned["base"])
         return dataclasses.replace(self, axes=axes, idle=0, **fields)
 
+    def specs(self, spec: Any) -> Self:
+        """A node of the same structure with a spec at every array; see the function `specs`."""
+        fields = {"base": specs(self.base, spec)}
+        for name in self.layout:
+            if getattr(self, name) is not None:
+                fields[name] = field_spec(self.layout[name], self.axes, spec)
+        return dataclasses.replace(self, **fields)
+
     def _roles(self) -> tuple[tuple[int, ...], ...]:
         return (self.axes.batch, self.axes.fan_in, self.axes.fan_out)
 
@@ -287,13 +297,7 @@ def specs(value: Any, spec: Any) -> Any:
       `spec` for an array; for an adapted weight a node of the same structure with a spec at every array: each field
       inherits the entries of the axes it runs along, private dimensions are replicated.
     """
-    if not isinstance(value, AdaptedWeight):
-        return spec
-    fields = {"base": specs(value.base, spec)}
-    for name in value.layout:
-        if getattr(value, name) is not None:
-            fields[name] = field_spec(value.layout[name], value.axes, spec)
-    return dataclasses.replace(value, **fields)
+    return value.specs(spec) if isinstance(value, AdaptedWeight) else spec
 
 
 def field_spec(layout: Sequence[str], axes: Axes, spec: Any) -> Any:

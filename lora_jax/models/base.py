@@ -87,6 +87,32 @@ class Base:
         return self.family.init_cache(self.config, batch, length, self.dtype)
 
 
+def quantized(base: Base, format: str, targets: Any = None, **options: Any) -> Base:
+    """The base with its linear weights in a number format; see `quant.quantize`.
+
+    Its `apply` takes quantized and dense variables alike, its arrays lie on the default device. Whatever is trained
+    on it belongs to the quantized weights, so that is what an adapter is merged into.
+
+    Args:
+      base: with dense variables; not changed.
+      format: 'nf4', 'fp4', 'int8' or 'int4'.
+      targets: patterns or roles; None: every linear weight but embeddings and heads.
+      **options: of the format.
+
+    Raises:
+      UserError: as `quant.quantize`.
+    """
+    from lora_jax.lift import lift
+    from lora_jax.quant import quantize
+
+    variables = quantize(base.variables, base.sites, format, targets, **options)
+    # The base may have waited on the host, so that dense weights never filled an accelerator.
+    variables = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), variables)
+    new = dataclasses.replace(base, variables=variables, apply=lift(base.apply, unused="allow"))
+    vars(new)["sites"] = base.sites  # quantizing moves no axis
+    return new
+
+
 @functools.lru_cache(maxsize=64)
 def make_apply(family: ModuleType, config: Any) -> Callable:
     """Returns the one function of a model; the same object for the same config.

@@ -51,7 +51,8 @@ def _checked(base: Base, variables: Mapping[str, Any]) -> dict[str, Any]:
     if set(flat) != set(shapes):
         other = sorted(set(flat) ^ set(shapes))
         raise UserError(
-            f"these variables are not dense weights of this base; merge the adapter first. They differ at {other[:3]}"
+            "these variables are not dense weights of this base; merge the adapter first, then dequantize a quantized "
+            f"base. They differ at {other[:3]}"
         )
     for path, leaf in flat.items():
         if np.shape(leaf) != shapes[path]:
