@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.errors import UserError
 from lora_jax.lift.low_rank import varying_alike
-from lora_jax.lift.weight import AdaptedWeight, Axes, NotStructural, register, slice_along
+from lora_jax.lift.weight import AdaptedWeight, Axes, NotStructural, register, regroup, slice_along
 from lora_jax.quant import blocks
 from lora_jax.quant.product import product
 from lora_jax.sites import Site
@@ -134,11 +134,9 @@ class QuantizedWeight(AdaptedWeight):
 
     def reshape(self, shape: Sequence[int]) -> Self:
         """Any reshape that does not merge batch axes with others."""
-        batch = self.base.shape[: self.lead]
         if self.order is not None:
-            if math.prod(batch) != 1:
-                raise NotStructural
-            return self._single().reshape(shape)
+            return self._reshape_around(shape)
+        batch = self.base.shape[: self.lead]
         end = next((k for k in range(len(shape) + 1) if math.prod(shape[:k]) == math.prod(batch)), None)
         if end is None:
             raise NotStructural
@@ -203,12 +201,23 @@ class QuantizedWeight(AdaptedWeight):
         new = {name: value.reshape(*batch, *value.shape[lead:]) for name, value in self.arrays().items()}
         return dataclasses.replace(self, **new)
 
-    def _single(self) -> Self:
-        """A weight whose batch axes have size one and stand between others: as one without batch axes."""
+    def _reshape_around(self, shape: Sequence[int]) -> Self:
+        """A reshape while batch axes stand between the others; each of them stays, or goes if its size is one."""
         assert self.order is not None
-        shape, tail = self.shape, tuple(a - self.lead for a in self.order if a >= self.lead)
-        plain = dataclasses.replace(self._batched(()), order=None)
-        return plain._viewed("transpose", tail)._viewed("reshape", shape)
+        lead, batch, order = self.lead, self.base.shape[: self.lead], self.order
+        after = {}  # batch axis -> where it is after the reshape
+        for left, right in regroup(self.shape, shape):
+            own = [order[i] for i in left if order[i] < lead]
+            if own and (len(left) > 1 or len(right) > 1):
+                raise NotStructural
+            after.update({a: j for a in own for j in right})
+        tail = tuple(a - lead for a in order if a >= lead)
+        rest = [j for j in range(len(shape)) if j not in after.values()]
+        stay = sorted(after)
+        slim = dataclasses.replace(self._batched(tuple(batch[a] for a in stay)), order=None)
+        slim = slim._viewed("transpose", tail)._viewed("reshape", tuple(shape[j] for j in rest))
+        axes = [after[a] for a in stay] + rest
+        return slim.transpose([axes.index(j) for j in range(len(shape))])
 
     def _check_unplaced(self) -> None:
         """A placement was made for the shape that the weight had."""
@@ -236,7 +245,7 @@ class QuantizedWeight(AdaptedWeight):
         new: dict[str, Any] = {
             "base": P(*batch, first, None, *kept),
             "constants": P(*batch, first, *kept),
-            "levels": P(*batch),
+            "levels": P(*batch, None),
         }
         return dataclasses.replace(self, **{name: new[name] for name in self.arrays()})
 

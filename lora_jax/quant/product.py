@@ -58,9 +58,7 @@ def _tied(weight: Any, value: jax.Array) -> Any:
 @jax.custom_batching.custom_vmap
 def _after(codes: jax.Array, value: jax.Array) -> jax.Array:
     """The codes themselves, with a dependency on `value` that no compiler pass removes."""
-    if value.size == 0:
-        return codes
-    return lax.platform_dependent(codes, value, cpu=_impossible_bit, default=_barrier)
+    return _after_each(codes, value)
 
 
 @_after.def_vmap
@@ -68,12 +66,14 @@ def _after_batched(size, batched, codes, value):
     """One weight for all of a batch of activations stays one weight."""
     del size
     if batched[0]:
-        return jax.vmap(_plain_after, in_axes=(0, 0 if batched[1] else None))(codes, value), True
+        return jax.vmap(_after_each, in_axes=(0, 0 if batched[1] else None))(codes, value), True
     return _after(codes, value[0] if batched[1] else value), False
 
 
-def _plain_after(codes, value):
-    return _after(codes, value)
+def _after_each(codes, value):
+    if value.size == 0:
+        return codes
+    return lax.platform_dependent(codes, value, cpu=_impossible_bit, default=_barrier)
 
 
 def _barrier(codes, value):

@@ -8,9 +8,9 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,7 @@ from lora_jax import trees
 from lora_jax.errors import UserError
 from lora_jax.lift.weight import Axes, is_adapted
 from lora_jax.quant.base import Format, QuantizedWeight
+from lora_jax.quant.blocks import GROUP
 
 FORMAT = "lora_jax.quant/1"
 SHORT = {"base": "q", "constants": "c", "levels": "l"}  # names in the file
@@ -69,8 +70,13 @@ def load(file: str | os.PathLike) -> Any:
       UserError: no such file, another format, or missing, unexpected or misshapen tensors.
     """
     metadata, tensors = _read(Path(file))
-    described = json.loads(metadata["quant"])
-    flat: dict[str, Any] = {path: _node(path, one, tensors, file) for path, one in described.items()}
+    flat: dict[str, Any] = {}
+    try:
+        described = {path: _Described(*one) for path, one in json.loads(metadata["quant"]).items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{file}: its metadata of quantized weights cannot be read ({error})") from None
+    for path, one in described.items():
+        flat[path] = _node(path, one, tensors, file)
     if lost := [name for name in tensors if ":" in name]:
         raise UserError(f"{file} holds unexpected tensors: {', '.join(sorted(lost)[:5])}")
     flat |= {path: jnp.asarray(value) for path, value in tensors.items()}
@@ -102,13 +108,27 @@ def _check_tree(tree: Any, path: str) -> None:
         raise UserError(f"{path!r} is a {type(tree).__name__}; only nested dictionaries of arrays can be saved")
 
 
-def _describe(node: QuantizedWeight) -> list[Any]:
+class _Described(NamedTuple):
+    """How to read a weight's tensors, in the order of its line of metadata."""
+
+    name: str
+    block: int | None
+    double: bool
+    blocked: Sequence[int]
+    kept: int
+    kind: str
+    views: Sequence[Sequence[int]]
+    order: Sequence[int] | None
+
+
+def _describe(node: QuantizedWeight) -> _Described:
     if any(view[0] != "transpose" for view in node.views):
         raise UserError(
             f"{node.path!r} was reshaped or cast since it was quantized; save the variables that quantize gave"
         )
-    form = [node.format.name, node.format.block, node.format.double]
-    return [*form, node.blocked, node.kept, node.kind, [view[1] for view in node.views], node.order]
+    form = node.format
+    views = [view[1] for view in node.views]
+    return _Described(form.name, form.block, form.double, node.blocked, node.kept, node.kind, views, node.order)
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -127,20 +147,21 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return metadata, tensors
 
 
-def _node(path: str, described: list[Any], tensors: dict[str, Any], file: Any) -> QuantizedWeight:
-    name, block, double, blocked, kept, kind, views, order = described
+def _node(path: str, one: _Described, tensors: dict[str, Any], file: Any) -> QuantizedWeight:
     try:
-        form: Format = getattr(importlib.import_module(f"{PACKAGE}.{name}"), name)(block=block, double=double)
+        form: Format = getattr(importlib.import_module(f"{PACKAGE}.{one.name}"), one.name)(
+            block=one.block, double=one.double
+        )
     except (ImportError, AttributeError):
-        raise UserError(f"{file}: {path!r} is in the format {name!r}, which this version does not have") from None
+        raise UserError(f"{file}: {path!r} is in the format {one.name!r}, which this version does not have") from None
     arrays: dict[str, Any] = {"levels": None}
-    for field in SHORT if double else ("base", "constants"):
+    for field in SHORT if one.double else ("base", "constants"):
         if (key := f"{path}:{SHORT[field]}") not in tensors:
             raise UserError(f"{file} lacks the tensor {key!r}")
         arrays[field] = jnp.asarray(tensors.pop(key))
     node = QuantizedWeight(
-        **arrays, axes=Axes(), path=path, format=form, blocked=tuple(blocked), kept=kept, kind=kind,
-        views=tuple(("transpose", tuple(p)) for p in views), order=None if order is None else tuple(order),
+        **arrays, axes=Axes(), path=path, format=form, blocked=tuple(one.blocked), kept=one.kept, kind=one.kind,
+        views=tuple(("transpose", tuple(p)) for p in one.views), order=None if one.order is None else tuple(one.order),
     )  # fmt: skip
     _check_node(node, file)
     return node
@@ -156,8 +177,6 @@ def _check_node(node: QuantizedWeight, file: Any) -> None:
         rows = math.prod(node.blocked)
         fits = 0 <= room - rows < 2 * codes.shape[lead] + node.format.bits and node.format.bits in (4, 8)
     if fits and node.levels is not None:
-        from lora_jax.quant.blocks import GROUP
-
         groups = -(-math.prod(constants.shape[lead:]) // GROUP)
         fits = node.levels.dtype == jnp.float32 and node.levels.shape == (*codes.shape[:lead], groups + 1)
     if not fits:
