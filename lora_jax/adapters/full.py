@@ -98,6 +98,6 @@ def written(base: Any, one: Full, path: str) -> Any:
 def _check_not_quantized(base: Any, path: str) -> None:
     if isinstance(base, AdaptedWeight) and base.frozen:
         raise UserError(
-            f"{path!r} is quantized, and this method trains the weight itself, which few bits cannot hold. Leave it out "
-            "of the targets or of `quantize`, or choose a method that adds to the weight, such as lora"
+            f"{path!r} is quantized, and this method trains the weight itself, which few bits cannot hold. Leave it "
+            "out of the targets or of `quantize`, or choose a method that adds to the weight, such as lora"
         )

@@ -50,9 +50,14 @@ def test_the_audit_says_so(run, capsys):
     assert other.code == 2 and "quant is 'nf4' there and 'int4' here" in other.err
 
 
-def test_it_evaluates_and_generates(run, capsys):
+def test_it_evaluates(run, capsys):
+    """Text is generated and scored on the way."""
     ended = commands.command(capsys, "evaluate", f"--workdir={run}", "--split=dev", "--config.data.limit=4")
-    assert ended.code == 0, ended.err
+    assert ended.code == 0 and "bleu" in ended.out.lower(), ended.err
+
+
+@pytest.mark.slow
+def test_it_generates(run, capsys):
     ended = commands.command(capsys, "generate", f"--workdir={run}", "--prompt=the sea", "--config.data.limit=4")
     assert ended.code == 0, ended.err
 

@@ -19,6 +19,7 @@ from tests.lift.checks import QUICK, bits_equal, close, furthest, loss, noisy, w
 
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 SOME = ("dense", "scan", "conv", "embedding")
+IN_PLACE = ("full", "head", "layernorm", "layers")  # put on kernels
 OTHERS = [f for f in quant.formats() if f != "nf4"]
 TRIED = [("nf4", k) for k in kinds.NAMES] + [
     pytest.param(f, k, marks=[] if i in (0, j + 1) else [pytest.mark.slow])
@@ -59,6 +60,23 @@ def test_lora_over_a_format_is_lora_over_its_dense_values(name, kind):
     close(grads, expected_grads, 1e-4, "gradient")
     assert furthest(out, quick(site.function)(dense, *site.args)) > 1e-2, "the adapter does nothing"
     assert furthest(dense, site.variables) > 1e-4, "the format rounds nothing"
+
+
+@pytest.mark.parametrize("method", lj.methods())
+def test_every_method_over_nf4(method):
+    """As over the dense values of the format, or a message: what trains weights themselves cannot."""
+    site, variables, *_ = small("dense")
+    adapter = kinds.make(method, site)
+    dense = quant.dequantize(variables)
+    delta = noisy(quick(lambda v: adapter.init(jax.random.key(0), v, site.sites))(dense), 0.1)
+    try:
+        adapter.bind(variables, delta)
+    except lj.UserError as error:
+        assert "is quantized, and this method trains" in str(error) and method in IN_PLACE
+        return
+    assert method not in IN_PLACE
+    apply = quick(lambda v, d: lj.lift(site.function)(adapter.bind(v, d), *site.args))
+    close(apply(variables, delta), apply(dense, delta), 1e-5)
 
 
 @pytest.mark.parametrize("kind", SOME)
@@ -295,7 +313,7 @@ def test_a_method_that_trains_weights_in_place_refuses(method):
         lambda: adapter.init(jax.random.key(0), variables, site.sites),
         lambda: adapter.bind(variables, dense),
     ):
-        with pytest.raises(lj.UserError, match=r"kernel' is quantized, and this method trains.*lora"):
+        with pytest.raises(lj.UserError, match="kernel' is quantized, and this method trains.*lora"):
             call()
     beside = lj.full(targets="out/.*")
     close(beside.merge(variables, beside.init(jax.random.key(0), variables, site.sites)), variables, 1e-9)
