@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from lora_jax import trees
-from lora_jax.lift.weight import is_adapted
 from lora_jax.adapters import Adapter
 from lora_jax.adapters.chain import members
 from lora_jax.adapters.full import Full
 from lora_jax.errors import UserError
 from lora_jax.export import codecs, peft_biases, vllm
 from lora_jax.export import peft_names as names
+from lora_jax.lift.weight import is_adapted
 
 
 def save_peft(
