@@ -14,6 +14,7 @@ ORDER = [
     ["trees"],
     ["sites"],
     ["lift"],
+    ["virtual"],
     ["adapters"],
     ["quant"],
     ["saving"],
@@ -47,8 +48,8 @@ RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 # Inside these folders each file is one method, family or objective; what several need has one of these names.
 SHARED = {
     "adapters": {"base", "parts", "full", "lora"},  # full: in place, which head, layers, ... narrow; dora adds to lora
-    "models": {"base", "cache", "files", "hf", "layers", "options", "registry", "rotary", "tensor"},
     "quant": {"base", "blocks", "product", "store", "table"},
+    "models": {"base", "cache", "files", "hf", "layers", "options", "registry", "rotary", "tensor", "virtual_tokens"},
     "tasks": {"base", "causal"},
 }
 EDGE = {"absl", "ml_collections"}

@@ -109,7 +109,7 @@ class Interpreter:
         if not is_adapted(value):
             return value
         self.used.add(value.path)
-        if self.on_dense == "error":
+        if self.on_dense == "error" and not value.free:
             raise UserError(
                 f"the adapted weight {value.path!r} of shape {value.shape} enters {primitive!r}"
                 + (f" in module {stack!r}" if stack else "")

@@ -97,11 +97,11 @@ class Trace:
 
 def check_used(traced: list, used: set[str]) -> None:
     """Raises if an adapted weight reached no operation: the adapter would train and do nothing."""
-    idle = [v.path for v in traced if is_adapted(v) and not v.frozen and v.path not in used]
+    idle = [v for v in traced if is_adapted(v) and not v.frozen and v.path not in used]
     if idle:
         raise UserError(
             f"{len(idle)} adapted weight(s) are never used by the function, so adapting them does nothing: "
-            f"{', '.join(idle[:5])}. Leave them out of the targets, or pass unused='allow' to lift if that is meant."
+            f"{', '.join(v.path for v in idle[:5])}. {idle[0].unused_hint()}"
         )
 
 

@@ -91,6 +91,7 @@ class AdaptedWeight:
       layout: field name -> the roles its leading dimensions run along; any other word is a private dimension.
       sliceable: roles along which a slice of the weight is the weight of the slice.
       frozen: True for a number format: nothing about it trains, so no backward pass is owed to it.
+      free: it may become dense anywhere without the caller's leave (`lift.free`).
     """
 
     base: Any
@@ -101,6 +102,7 @@ class AdaptedWeight:
     layout: ClassVar[dict[str, tuple[str, ...]]] = {}
     sliceable: ClassVar[tuple[str, ...]] = ROLES
     frozen: ClassVar[bool] = False
+    free: ClassVar[bool] = False
 
     # What a method implements.
 
@@ -119,6 +121,10 @@ class AdaptedWeight:
     def conv(self, x: jax.Array, use: Any) -> jax.Array:
         """The convolution with an activation; `use` is a `lift.products.Conv`."""
         return use.apply(x, self.dense())
+
+    def unused_hint(self) -> str:
+        """What to do where the function never uses the weight: the end of the error message."""
+        return "Leave them out of the targets, or pass unused='allow' to lift if that is meant."
 
     # What follows from the base and the layout.
 

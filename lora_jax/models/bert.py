@@ -2,6 +2,9 @@
 
 Devlin et al. 2018, BERT, arXiv 1810.04805; Wang et al. 2020, MiniLM, arXiv 2002.10957. Post-norm blocks with learned
 absolute positions. Without a head the pooler is not part of the model: nothing reads it.
+
+With a prompt of virtual tokens the head pools at the first of them, which has taken the place of the text's first
+token: so does PEFT, whose prompts for sequence classification are trained that way. `pool_at` 0 means that token, too.
 """
 
 import dataclasses
@@ -12,8 +15,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lora_jax.errors import UserError
-from lora_jax.models import layers, options
+from lora_jax.models import layers, options, virtual_tokens
 from lora_jax.models.tensor import Tensor
+from lora_jax.models.virtual_tokens import Beside, Virtual
 
 MODEL_TYPES = ("bert",)
 PREFIX = "bert."
@@ -34,6 +38,7 @@ carried = (r"pooler\..*",)
 renames = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
 roles = (
+    (r"embeddings/word_embeddings/embedding", "embed"),
     (r".*/attention/query/kernel", "q"),
     (r".*/attention/key/kernel", "k"),
     (r".*/attention/value/kernel", "v"),
@@ -133,9 +138,12 @@ class Embeddings(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, tokens, token_types, positions, deterministic: bool):
+    def __call__(self, tokens, token_types, positions, deterministic: bool, prompt_NxD=None):
         c = self.config
         x = nn.Embed(c.vocab_size, c.hidden_size, name="word_embeddings")(tokens)
+        if prompt_NxD is not None:
+            rows = jnp.broadcast_to(prompt_NxD.astype(x.dtype)[None], (x.shape[0], *prompt_NxD.shape))
+            x = jnp.concatenate([rows, x], axis=1)
         x = x + nn.Embed(c.type_vocab_size, c.hidden_size, name="token_type_embeddings")(token_types)
         x = x + nn.Embed(c.max_position_embeddings, c.hidden_size, name="position_embeddings")(positions)
         x = layers.LayerNorm(c.layer_norm_eps, name="norm")(x)
@@ -148,7 +156,7 @@ class Attention(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x_BxTxD, mask, deterministic: bool):
+    def __call__(self, x_BxTxD, mask, deterministic: bool, beside: Beside | None = None):
         c = self.config
         b, t, width = x_BxTxD.shape
         count = c.num_attention_heads
@@ -158,7 +166,7 @@ class Attention(nn.Module):
 
         k, v = heads("key").transpose(0, 2, 1, 3), heads("value").transpose(0, 2, 1, 3)
         dropout = nn.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic)
-        out = nn.Dense(width, name="output")(layers.attend(heads("query"), k, v, mask, dropout))
+        out = nn.Dense(width, name="output")(layers.attend(heads("query"), k, v, mask, dropout, beside))
         out = nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(out)
         return layers.LayerNorm(c.layer_norm_eps, name="output_norm")(x_BxTxD + out)
 
@@ -169,9 +177,9 @@ class Block(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x, mask, deterministic: bool):
+    def __call__(self, x, mask, deterministic: bool, beside: Beside | None = None):
         c = self.config
-        x = Attention(c, name="attention")(x, mask, deterministic)
+        x = Attention(c, name="attention")(x, mask, deterministic, beside)
         h = layers.ACTIVATIONS[c.hidden_act](nn.Dense(c.intermediate_size, name="intermediate")(x))
         h = nn.Dense(c.hidden_size, name="output")(h)
         h = nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(h)
@@ -184,9 +192,9 @@ class Encoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x, mask, deterministic: bool):
+    def __call__(self, x, mask, deterministic: bool, prefix: Mapping[int, Beside]):
         for i in range(self.config.num_hidden_layers):
-            x = Block(self.config, name=f"layer_{i}")(x, mask, deterministic)
+            x = Block(self.config, name=f"layer_{i}")(x, mask, deterministic, prefix.get(i))
         return x
 
 
@@ -209,30 +217,63 @@ class Model(nn.Module):
         output: str | None = None,
     ):
         c = self.config
+        virtual = self._virtual(segment_ids)
         if positions is None:
-            _check_length(c, tokens.shape[1], segment_ids)
+            _check_length(c, tokens.shape[1], segment_ids, virtual.length)
             positions = layers.default_positions(tokens, segment_ids)
         types = jnp.zeros((1, tokens.shape[1]), jnp.int32) if token_type_ids is None else token_type_ids
-        x = Embeddings(c, name="embeddings")(tokens, types, positions, deterministic)
-        slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        if virtual.length:
+            positions = positions + virtual.length
+        before = 0 if virtual.prompt_NxD is None else virtual.length
+        if before:
+            positions, types, attention_mask = _with_prompt(before, positions, types, attention_mask)
+        x = Embeddings(c, name="embeddings")(tokens, types, positions, deterministic, virtual.prompt_NxD)
+        slots = jnp.arange(x.shape[1], dtype=jnp.int32)
         mask = layers.visible(slots, slots, key_mask_BxS=attention_mask, segments_BxT=segment_ids)
-        x = Encoder(c, name="encoder")(x, mask, deterministic)
+        x = Encoder(c, name="encoder")(x, mask, deterministic, virtual.prefix)
         if output == "hidden" or c.num_labels is None:
-            return x
+            return x[:, before:] if before else x
+        if before and pool_at is not None:
+            pool_at = jnp.where(pool_at == 0, 0, pool_at + before)
         pooled = x[:, 0] if pool_at is None else layers.take(x, pool_at)
         pooled = jnp.tanh(nn.Dense(c.hidden_size, name="pooler")(pooled))
         rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
         pooled = nn.Dropout(rate, deterministic=deterministic)(pooled)
         return nn.Dense(c.num_labels, name="classifier")(pooled)
 
+    def _virtual(self, segment_ids) -> Virtual:
+        """The call's virtual tokens; of length 0 where there are none."""
+        c = self.config
+        sizes = {"layers": c.num_hidden_layers, "width": c.hidden_size}
+        heads = c.num_attention_heads
+        virtual = virtual_tokens.read(self, **sizes, kv_heads=heads, head_dim=c.hidden_size // heads)
+        if virtual is not None and virtual.prompt_NxD is not None and segment_ids is not None:
+            raise UserError(
+                "a prompt of virtual tokens in an encoder sees the text, so packed texts cannot share it: train and "
+                "evaluate without packing (train.packing=false; attention_mask instead of segment_ids), or choose "
+                "the method 'prefix'"
+            )
+        return virtual or Virtual(0, None, {})
 
-def _check_length(config: Config, length: int, segment_ids) -> None:
+
+def _check_length(config: Config, length: int, segment_ids, virtual: int) -> None:
     """Learned positions end; a lookup beyond them would be NaN."""
-    if segment_ids is None and length > config.max_position_embeddings:
+    if segment_ids is None and length + virtual > config.max_position_embeddings:
+        more = f" after {virtual} virtual tokens" if virtual else ""
         raise UserError(
-            f"{length} tokens, but the model has {config.max_position_embeddings} positions; "
+            f"{length} tokens{more}, but the model has {config.max_position_embeddings} positions; "
             "shorten the text (max_length)"
         )
+
+
+def _with_prompt(count: int, positions, types, attention_mask) -> tuple:
+    """Positions, token types and mask of a text with virtual tokens before it; these have the type 0 and are seen."""
+    first = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None], (positions.shape[0], count))
+    positions = jnp.concatenate([first, positions], axis=1)
+    types = jnp.pad(types, ((0, 0), (count, 0)))
+    if attention_mask is not None:
+        attention_mask = jnp.pad(attention_mask.astype(bool), ((0, 0), (count, 0)), constant_values=True)
+    return positions, types, attention_mask
 
 
 def architecture(config: Config, num_labels: int | None) -> str:

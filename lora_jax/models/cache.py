@@ -6,6 +6,18 @@ import jax
 import jax.numpy as jnp
 
 
+class ReadPrompt(NamedTuple):
+    """A prompt of virtual tokens as the layers have seen it, the same for all rows.
+
+    Attributes:
+      embeddings_NxD: what it was computed from.
+      layers: per layer keys and values (K, N, D).
+    """
+
+    embeddings_NxD: jax.Array
+    layers: tuple[tuple[jax.Array, jax.Array], ...]
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens so far.
 
@@ -13,7 +25,8 @@ class Cache(NamedTuple):
       keys, values: per layer (B, K, S, D).
       valid: (B, S) bool, the slots that hold real tokens.
       filled: int32 scalar, slots written so far: the next one to write.
-      seen: (B,) int32, real tokens so far: the position of the next one.
+      seen: (B,) int32, real tokens so far: the position of the next one (after those of virtual tokens).
+      prompt: a prompt of virtual tokens, once a call has read it; it takes no slots.
     """
 
     keys: tuple[jax.Array, ...]
@@ -21,6 +34,7 @@ class Cache(NamedTuple):
     valid: jax.Array
     filled: jax.Array
     seen: jax.Array
+    prompt: ReadPrompt | None = None
 
 
 def empty(layers: int, batch: int, heads: int, length: int, head_dim: int, dtype: Any) -> Cache:

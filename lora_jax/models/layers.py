@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.errors import UserError, did_you_mean
+from lora_jax.models.virtual_tokens import Beside
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -112,6 +113,7 @@ def attend(
     v_BxKxSxD: jax.Array,
     mask_BxTxS: jax.Array | None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
+    beside: Beside | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention; H = K * G query heads share K key heads, G neighbours each.
 
@@ -119,7 +121,9 @@ def attend(
       q_BxTxHxD: queries.
       k_BxKxSxD, v_BxKxSxD: keys and values, heads before time (the layout of the cache).
       mask_BxTxS: bool, True = visible; None = all. A query that sees nothing gets a mean of all values, never NaN.
-      dropout: applied to the probabilities (B, K, G, T, S).
+      dropout: applied to the probabilities (B, K, G, T, S), or (B, K, G, T, N + S) with `beside`.
+      beside: keys and values of N virtual tokens; they come first. The result is that of concatenated keys and values,
+        but neither these nor a cache are copied.
 
     Returns:
       (B, T, H * D), q's dtype. Logits and softmax are float32.
@@ -128,12 +132,25 @@ def attend(
     kv = k_BxKxSxD.shape[1]
     q = q_BxTxHxD.reshape(b, t, kv, h // kv, d)
     logits = jnp.einsum("btkgd,bksd->bkgts", q, k_BxKxSxD, preferred_element_type=jnp.float32) * d**-0.5
-    if mask_BxTxS is not None:
-        logits = jnp.where(mask_BxTxS[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    logits = _masked(logits, mask_BxTxS)
+    if beside is not None:
+        keys = beside.keys_KxNxD.astype(q.dtype)
+        own = jnp.einsum("btkgd,knd->bkgtn", q, keys, preferred_element_type=jnp.float32) * d**-0.5
+        logits = jnp.concatenate([_masked(own, beside.mask_BxTxN), logits], axis=-1)
     probs = jax.nn.softmax(logits, axis=-1).astype(v_BxKxSxD.dtype)
     if dropout is not None:
         probs = dropout(probs)
-    return jnp.einsum("bkgts,bksd->btkgd", probs, v_BxKxSxD).reshape(b, t, h * d)
+    if beside is None:
+        return jnp.einsum("bkgts,bksd->btkgd", probs, v_BxKxSxD).reshape(b, t, h * d)
+    n = beside.values_KxNxD.shape[1]
+    out = jnp.einsum("bkgtn,knd->btkgd", probs[..., :n], beside.values_KxNxD.astype(probs.dtype))
+    return (out + jnp.einsum("bkgts,bksd->btkgd", probs[..., n:], v_BxKxSxD)).reshape(b, t, h * d)
+
+
+def _masked(logits_BxKxGxTxS: jax.Array, mask_BxTxS: jax.Array | None) -> jax.Array:
+    if mask_BxTxS is None:
+        return logits_BxKxGxTxS
+    return jnp.where(mask_BxTxS[:, None, None], logits_BxKxGxTxS, jnp.finfo(jnp.float32).min)
 
 
 def default_positions(tokens_BxT: jax.Array, segments_BxT: jax.Array | None) -> jax.Array:

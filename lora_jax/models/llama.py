@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models import cache as caches
-from lora_jax.models import layers, rotary
-from lora_jax.models.cache import Cache
+from lora_jax.models import layers, rotary, virtual_tokens
+from lora_jax.models.cache import Cache, ReadPrompt
 from lora_jax.models.llama_config import Config
 from lora_jax.models.tensor import Tensor
+from lora_jax.models.virtual_tokens import Beside, Virtual
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 PREFIX = "model."
@@ -34,6 +35,7 @@ carried: tuple[str, ...] = ()
 renames: tuple[tuple[str, str], ...] = ()
 
 roles = (
+    (r"embed_tokens/embedding", "embed"),
     (r".*/self_attn/q_proj/kernel", "q"),
     (r".*/self_attn/k_proj/kernel", "k"),
     (r".*/self_attn/v_proj/kernel", "v"),
@@ -66,7 +68,7 @@ class Attention(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x_BxTxD, angles, mask, stored, start, deterministic: bool):
+    def __call__(self, x_BxTxD, angles, mask, stored, start, deterministic: bool, beside: Beside | None = None):
         c = self.config
         b, t, _ = x_BxTxD.shape
 
@@ -80,7 +82,7 @@ class Attention(nn.Module):
         if stored is not None:
             k, v = caches.write(stored[0], k, start), caches.write(stored[1], v, start)
         dropout = nn.Dropout(c.attention_dropout, deterministic=deterministic)
-        out = layers.attend(q, k, v, mask, dropout)
+        out = layers.attend(q, k, v, mask, dropout, beside)
         return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(out), (k, v)
 
 
@@ -105,10 +107,10 @@ class Block(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x, angles, mask, stored, start, deterministic: bool):
+    def __call__(self, x, angles, mask, stored, start, deterministic: bool, beside: Beside | None = None):
         eps = self.config.rms_norm_eps
         h = layers.RMSNorm(eps, name="input_layernorm")(x)
-        h, stored = Attention(self.config, name="self_attn")(h, angles, mask, stored, start, deterministic)
+        h, stored = Attention(self.config, name="self_attn")(h, angles, mask, stored, start, deterministic, beside)
         x = x + h
         h = layers.RMSNorm(eps, name="post_attention_layernorm")(x)
         return x + MLP(self.config, name="mlp")(h), stored
@@ -143,20 +145,57 @@ class Model(nn.Module):
             positions = found if positions is None else positions
         elif positions is None:
             positions = layers.default_positions(tokens, segment_ids)
+        virtual = self._virtual(cache)
+        if virtual is not None:
+            positions = positions + virtual.length
         angles = rotary.tables(c.rope, c.head_dim, positions)
         masks = {w: _mask(tokens, attention_mask, segment_ids, cache, start, w) for w in set(c.windows)}
+        blocks = [Block(c, name=f"layers_{i}") for i in range(c.num_hidden_layers)]
+        beside = {} if virtual is None else self._beside(blocks, virtual, positions, x.dtype, deterministic)
         stores = []
         for i, window in enumerate(c.windows):
             stored = None if cache is None else (cache.keys[i], cache.values[i])
-            block = Block(c, name=f"layers_{i}")
-            x, stored = block(x, angles, masks[window], stored, start, deterministic)
+            x, stored = blocks[i](x, angles, masks[window], stored, start, deterministic, beside.get(i))
             stores.append(stored)
         x = layers.RMSNorm(c.rms_norm_eps, name="norm")(x)
         out = x if output == "hidden" else self._head(x, embed, tokens, attention_mask, segment_ids, pool_at)
         if cache is None:
             return out
         keys, values = zip(*stores, strict=True)
+        if virtual is not None and virtual.prompt_NxD is not None:
+            # At every call, so that a lifted function counts the embeddings as used by a call that has its cache.
+            pairs = tuple((own.keys_KxNxD, own.values_KxNxD) for own in beside.values())
+            cache = cache._replace(prompt=ReadPrompt(virtual.prompt_NxD, pairs))
         return out, cache._replace(keys=keys, values=values)
+
+    def _virtual(self, cache: Cache | None) -> Virtual | None:
+        """The call's virtual tokens. A prompt enters with the first tokens of a cache, which then holds it."""
+        c = self.config
+        sizes = {"layers": c.num_hidden_layers, "width": c.hidden_size}
+        virtual = virtual_tokens.read(self, **sizes, kv_heads=c.num_key_value_heads, head_dim=c.head_dim)
+        if cache is None or cache.prompt is None:
+            return virtual
+        held = {i: Beside(*pair) for i, pair in enumerate(cache.prompt.layers)}
+        embeddings = cache.prompt.embeddings_NxD if virtual is None else virtual.prompt_NxD
+        return Virtual(cache.prompt.embeddings_NxD.shape[0], embeddings, held)
+
+    def _beside(self, blocks, virtual: Virtual, positions, dtype, deterministic: bool) -> dict[int, Beside]:
+        """Keys and values of the virtual tokens, for every layer that has some.
+
+        No token sees a later one, so a prompt's hidden states do not depend on the text: they are computed once for all
+        rows and all packed segments, and from there on a prompt is a prefix.
+        """
+        c, out = self.config, dict(virtual.prefix)
+        if virtual.prompt_NxD is not None and not out:
+            slots = jnp.arange(virtual.length, dtype=jnp.int32)
+            angles = rotary.tables(c.rope, c.head_dim, slots[None])
+            x = virtual.prompt_NxD.astype(dtype)[None]
+            for i, window in enumerate(c.windows):
+                mask = layers.visible(slots, slots, causal=True, window=window)
+                x, (k, v) = blocks[i](x, angles, mask, None, None, deterministic)
+                out[i] = Beside(k[0], v[0])
+        seen = {w: virtual_tokens.in_window(positions, virtual.length, w) for w in set(c.windows)}
+        return {i: own._replace(mask_BxTxN=seen[c.windows[i]]) for i, own in out.items()}
 
     def _head(self, x, embed, tokens, attention_mask, segment_ids, pool_at):
         """Class logits at the pooled slots, or next-token logits (at all slots unless `pool_at` names some)."""

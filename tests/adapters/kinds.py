@@ -15,6 +15,10 @@ from flax import linen as nn
 import lora_jax as lj
 from tests.lift.checks import variables_of, weights
 
+# Methods that no kind here can have: virtual tokens change shapes inside the function, and only lora_jax's own families
+# read them. `virtual_test.py` tries them there, and here that every kind refuses them.
+ELSEWHERE = ("prefix", "prompt")
+
 # {method: {kind: reason}}
 _NOT_LINEAR = {kind: "acts on the output of a linear layer" for kind in ("embedding", "tied embedding")}
 CANNOT: dict[str, dict[str, str]] = {
