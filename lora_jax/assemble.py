@@ -5,6 +5,7 @@ The cheap parts come first, so that a mistake in the data is reported before a c
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ def _host() -> jax.Device | None:
 
 def make_adapter(config: Config, base: models.Base) -> Adapter:
     """The method, and beside it the task's head, trained in place where the method itself leaves it alone."""
-    adapter = adapters.get(config.adapter.method)(**config.adapter.arguments)
+    adapter = adapters.get(config.adapter.method)(**_with_ids(config.adapter.arguments, base))
     if config.adapter.head == "none" or base.num_labels is None:
         return adapter
     head = adapters.get("head")
@@ -130,6 +131,17 @@ def moments(config: Config, parts: Parts) -> dict[str, Any] | None:
 
 def _linear(base: models.Base) -> list[str]:
     return [p for p, s in base.sites.items() if set(s.uses) == {"linear"}]
+
+
+def _with_ids(arguments: Mapping[str, Any], base: models.Base) -> dict[str, Any]:
+    """A method's arguments, a text for `init_tokens` as the ids of the run's tokenizer, without special tokens."""
+    text = arguments.get("init_tokens")
+    if not isinstance(text, str):
+        return dict(arguments)
+    ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError(f"adapter.options.init_tokens={text!r} holds no token; give a text or a list of ids")
+    return {**arguments, "init_tokens": list(ids)}
 
 
 def _selected(adapter: Adapter, base: models.Base) -> set[str]:

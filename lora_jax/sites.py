@@ -2,8 +2,8 @@
 
 Rules are ordered `(pattern, value)` pairs: the first pattern that matches the whole path wins, and a rule that matched
 nothing is an error with the nearest paths, because a pattern that silently selects nothing is the commonest defect of
-fine-tuning code. A pattern may also be a role (`q`, `k`, `v`, `o`, `up`, `gate`, `down`, `head`) where the family
-names roles.
+fine-tuning code. A pattern may also be a role (`embed`, `q`, `k`, `v`, `o`, `up`, `gate`, `down`, `head`) where the
+family names roles.
 """
 
 import ast
@@ -35,7 +35,7 @@ class Site:
       bias: path of the bias added to this weight's product, if the trace shows one that serves nothing else.
       layer: layer index: the first integer component of the path; None outside layers and for stacked sites.
       layer_axis: the batch axis that counts layers (a scanned stack), or None.
-      role: q, k, v, o, up, gate, down, head; None where the family names none.
+      role: embed (of tokens), q, k, v, o, up, gate, down, head; None where the family names none.
     """
 
     path: str

@@ -9,6 +9,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import trees
 from lora_jax.export import peft_virtual
+from lora_jax.generate import generate
 from tests.lift.checks import noisy
 from tests.models import oracle
 
@@ -110,3 +111,75 @@ def test_peft_to_ours(case, method, tmp_path):
     assert jax.tree_util.tree_structure(fresh) == jax.tree_util.tree_structure(delta)
     again = peft_virtual.write(adapter, delta, base)[1]
     np.testing.assert_array_equal(again["prompt_embeddings"], model.get_prompt_embedding_to_save("default").numpy())
+
+
+def test_generation_equals_peft_s(case):
+    """Greedy text, ours from prompts padded on the left, PEFT's from one prompt at a time."""
+    base, task = case
+    if base.num_labels is not None:
+        pytest.skip("an encoder makes no text")
+    texts, count = [[5, 9, 33, 4], [11, 12]], 5
+    for method, config in (("prompt", peft.PromptTuningConfig), ("prefix", peft.PrefixTuningConfig)):
+        adapter = METHODS[method]()
+        delta = noisy(adapter.init(jax.random.key(0), base.variables, base.sites), 0.3)
+        model = peft.get_peft_model(
+            oracle.in_transformers(base, base.variables), config(task_type=task, num_virtual_tokens=3)
+        ).eval()
+        _, tensors = peft_virtual.write(adapter, delta, base)
+        with torch.no_grad():
+            model.prompt_encoder["default"].embedding.weight.copy_(torch.tensor(tensors["prompt_embeddings"]))
+        options = dict(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+        expected = [
+            model.generate(
+                input_ids=torch.tensor([t]), attention_mask=torch.ones(1, len(t), dtype=torch.long), **options
+            )[0, len(t) :].tolist()
+            for t in texts
+        ]
+        bound = adapter.bind(base.variables, delta)
+        got = generate(base, bound, texts, max_new_tokens=count, eos_ids=(), apply=lj.lift(base.apply))
+        assert got == expected, method
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return lj.from_config(oracle.DECODER)
+
+
+def written(base, adapter):
+    delta = noisy(adapter.init(jax.random.key(0), base.variables, base.sites), 0.3)
+    return delta, *peft_virtual.write(adapter, delta, base)
+
+
+def test_a_reparametrized_prefix_is_written_as_what_it_makes(decoder):
+    delta, config, tensors = written(decoder, lj.prefix(length=3, hidden=5))
+    adapter, read = peft_virtual.read(config, tensors, decoder, "file")
+    assert not tensors and adapter.spec["hidden"] == 0
+    np.testing.assert_allclose(read["@prefix"].pairs, delta["@prefix"].collapsed().pairs, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method, config, shape, message",
+    [
+        ("prompt", {}, None, "file lacks the tensor 'prompt_embeddings'; it holds"),
+        ("prompt", {}, (3, 16), r"has the shape \[3, 16\], expected \[3, 32\]"),
+        ("prompt", {"num_virtual_tokens": 4}, (3, 32), r"has the shape \[3, 32\], expected \[4, 32\]"),
+        ("prompt", {"num_virtual_tokens": None}, (3, 32), "num_virtual_tokens=None, expected 1 or more"),
+        ("prompt", {"token_dim": 16}, (3, 32), "token_dim=16, but this base has 32; was the adapter made for another"),
+        ("prefix", {"num_layers": 4}, (3, 64), "num_layers=4, but this base has 2"),
+        ("prefix", {"num_attention_heads": 4}, (3, 64), "num_attention_heads=4, but this base has 2"),
+        ("prefix", {"num_transformer_submodules": 2}, (3, 64), "num_transformer_submodules=2, but this base has 1"),
+        ("prefix", {}, (3, 32), r"has the shape \[3, 32\], expected \[3, 64\]"),
+    ],
+)
+def test_strict(decoder, method, config, shape, message):
+    _, good, _ = written(decoder, METHODS[method]())
+    tensors = {} if shape is None else {"prompt_embeddings": np.zeros(shape, np.float32)}
+    with pytest.raises(lj.UserError, match=message):
+        peft_virtual.read(good | config, tensors, decoder, "file")
+
+
+def test_a_prefix_on_some_layers_has_no_format(decoder):
+    with pytest.raises(lj.UserError, match=r"on the layers \[1\]; PEFT's format has prefixes on all 2 layers only"):
+        written(decoder, lj.prefix(length=3, hidden=0, layers="last:1"))
+    with pytest.raises(lj.UserError, match="expected a delta of the method prompt or prefix"):
+        written(decoder, lj.lora(2, targets="q"))
