@@ -29,7 +29,7 @@ def run(workdir, base, adapter, task, splits, **change):
     return summary, losses
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param("prompt", marks=pytest.mark.slow), "prefix"])
 def test_a_decoder_learns(method, tmp_path):
     base = lj.from_config(CONFIG)
     splits = standin.make_splits(24, 6, 0)
@@ -47,7 +47,7 @@ class Words:
         return {"input_ids": [1, *(3 + int(word) for word in text.split() if word.isdecimal())]}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_an_encoder_learns(method, tmp_path):
     """Which half of the vocabulary a text is from, with the head trained beside."""
     rng = np.random.default_rng(0)
