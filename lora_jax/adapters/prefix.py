@@ -30,7 +30,6 @@ from lora_jax.sites import in_layers
 
 KEY = "@prefix"
 INITS = ("random", "zero")
-_PAIRS = Axes(batch=(0, 1))  # layers, and in each keys and values
 
 
 @entry(meta=("layers",))
@@ -44,7 +43,7 @@ class Prefix(Entry):
 
     pairs: Any
     layers: tuple[int, ...]
-    axes: Axes = _PAIRS
+    axes: Axes = Axes()
     member: str = ""
     layout: ClassVar = {"pairs": ("batch", "token", "width")}
 
@@ -72,7 +71,7 @@ class Reparametrized(Entry):
     outer_kernel: Any
     outer_bias: Any
     layers: tuple[int, ...]
-    axes: Axes = _PAIRS
+    axes: Axes = Axes()
     member: str = ""
     layout: ClassVar = {
         "embedding": ("token", "width"), "inner_kernel": ("width", "hidden"), "inner_bias": ("hidden",),

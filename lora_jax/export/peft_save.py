@@ -78,10 +78,11 @@ def has_format(adapter: Adapter, delta: Mapping[str, Any]) -> bool:
     """Whether PEFT has the method, so that `save_peft` can write it."""
     try:
         _check_unstacked(delta)
-        _split(adapter, delta)
+        (main, _), _ = _split(adapter, delta)
     except UserError:
         return False
-    return True
+    holds = getattr(codecs.by_method(main.spec["method"]), "holds", None)
+    return holds is None or holds(main.spec)
 
 
 def _split(adapter: Adapter, delta: Mapping[str, Any]) -> tuple[tuple[Adapter, dict], dict[str, Full]]:

@@ -1,15 +1,14 @@
 """Prompt and prefix tuning with the real PEFT, both ways: equal logits, and strictness."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax import trees
-from lora_jax.export import peft_virtual
+from lora_jax.export import codecs, has_format
+from lora_jax.export.peft_save import render
 from lora_jax.generate import generate
 from tests.lift.checks import noisy
 from tests.models import oracle
@@ -59,32 +58,6 @@ def error(base, a, b):
     return oracle.relative_error(a, b, None if a.ndim == 2 else MASK)
 
 
-def save(folder, adapter, delta, base):
-    """What `save_peft` will do around the codec: heads saved whole, files written."""
-    from safetensors.numpy import save_file
-
-    config, tensors = peft_virtual.write(adapter, delta, base)
-    leaves = trees.flatten(base.variables)
-    if base.num_labels is not None:
-        for path, tensor in base.family.tensors(base.config, base.num_labels).items():
-            if path.startswith(("classifier", "pooler")):
-                value = np.asarray(delta[path].value if path in delta else leaves[path])
-                value = value.T if tensor.transpose else value
-                tensors[peft_virtual.MODULE_PREFIX + tensor.name] = np.ascontiguousarray(value)
-        config["modules_to_save"] = ["bert.pooler.dense", "classifier"]
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def load(folder, base):
-    from safetensors.numpy import load_file
-
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return *peft_virtual.read(config, tensors, base, file), tensors
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_ours_to_peft(case, method, tmp_path):
     base, _ = case
@@ -92,7 +65,7 @@ def test_ours_to_peft(case, method, tmp_path):
     if base.num_labels is not None:
         adapter = lj.chain(adapter, lj.head())
     delta = noisy(adapter.init(jax.random.key(0), base.variables, base.sites), 0.3)
-    save(tmp_path, adapter, delta, base)
+    lj.save_peft(tmp_path, adapter, delta, base)
     model = peft.PeftModel.from_pretrained(oracle.in_transformers(base, base.variables), tmp_path).eval()
     mine = ours(base, adapter, delta)
     assert error(base, mine, theirs(model)) < TOLERANCE
@@ -108,13 +81,12 @@ def test_peft_to_ours(case, method, tmp_path):
         oracle.in_transformers(base, base.variables), kind(task_type=task, num_virtual_tokens=3)
     ).eval()
     model.save_pretrained(tmp_path)
-    adapter, delta, left = load(tmp_path, base)
-    assert set(left) <= {"base_model.classifier.weight", "base_model.classifier.bias"}
+    adapter, delta = lj.load_peft(tmp_path, base)
     mine = ours(base, adapter, delta)
     assert error(base, mine, theirs(model)) < TOLERANCE
     fresh = adapter.init(jax.random.key(0), base.variables, base.sites)
     assert jax.tree_util.tree_structure(fresh) == jax.tree_util.tree_structure(delta)
-    again = peft_virtual.write(adapter, delta, base)[1]
+    _, again = render(adapter, delta, base)
     np.testing.assert_array_equal(again["prompt_embeddings"], model.get_prompt_embedding_to_save("default").numpy())
 
 
@@ -128,7 +100,7 @@ def test_generation_equals_peft_s():
         model = peft.get_peft_model(
             oracle.in_transformers(base, base.variables), config(task_type=task, num_virtual_tokens=3)
         ).eval()
-        _, tensors = peft_virtual.write(adapter, delta, base)
+        _, tensors = render(adapter, delta, base)
         with torch.no_grad():
             model.prompt_encoder["default"].embedding.weight.copy_(torch.tensor(tensors["prompt_embeddings"]))
         options = dict(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -148,14 +120,18 @@ def decoder():
     return lj.from_config(oracle.DECODER)
 
 
+def start(base, adapter):
+    return adapter.init(jax.random.key(0), base.variables, base.sites)
+
+
 def written(base, adapter):
-    delta = noisy(adapter.init(jax.random.key(0), base.variables, base.sites), 0.3)
-    return delta, *peft_virtual.write(adapter, delta, base)
+    delta = noisy(start(base, adapter), 0.3)
+    return delta, *render(adapter, delta, base)
 
 
 def test_a_reparametrized_prefix_is_written_as_what_it_makes(decoder):
     delta, config, tensors = written(decoder, lj.prefix(length=3, hidden=5))
-    adapter, read = peft_virtual.read(config, tensors, decoder, "file")
+    adapter, read = codecs.by_type(config["peft_type"], "").read(config, tensors, decoder, "file")
     assert not tensors and adapter.spec["hidden"] == 0
     np.testing.assert_allclose(read["@prefix"].pairs, delta["@prefix"].collapsed().pairs, atol=1e-6)
 
@@ -163,7 +139,7 @@ def test_a_reparametrized_prefix_is_written_as_what_it_makes(decoder):
 @pytest.mark.parametrize(
     "method, config, shape, message",
     [
-        ("prompt", {}, None, "file lacks the tensor 'prompt_embeddings'; it holds"),
+        ("prompt", {}, None, "file lacks the tensor 'prompt_embeddings'"),
         ("prompt", {}, (3, 16), r"has the shape \[3, 16\], expected \[3, 32\]"),
         ("prompt", {"num_virtual_tokens": 4}, (3, 32), r"has the shape \[3, 32\], expected \[4, 32\]"),
         ("prompt", {"num_virtual_tokens": None}, (3, 32), "num_virtual_tokens=None, expected 1 or more"),
@@ -178,11 +154,11 @@ def test_strict(decoder, method, config, shape, message):
     _, good, _ = written(decoder, METHODS[method]())
     tensors = {} if shape is None else {"prompt_embeddings": np.zeros(shape, np.float32)}
     with pytest.raises(lj.UserError, match=message):
-        peft_virtual.read(good | config, tensors, decoder, "file")
+        codecs.by_type(good["peft_type"], "").read(good | config, tensors, decoder, "file")
 
 
 def test_a_prefix_on_some_layers_has_no_format(decoder):
+    whole, part = lj.prefix(length=3), lj.prefix(length=3, layers="last:1")
+    assert has_format(whole, start(decoder, whole)) and not has_format(part, start(decoder, part))
     with pytest.raises(lj.UserError, match=r"on the layers \[1\]; PEFT's format has prefixes on all 2 layers only"):
         written(decoder, lj.prefix(length=3, hidden=0, layers="last:1"))
-    with pytest.raises(lj.UserError, match="expected a delta of the method prompt or prefix"):
-        written(decoder, lj.lora(2, targets="q"))
