@@ -1,6 +1,7 @@
 """Prompt and prefix tuning with the real PEFT, both ways: equal logits, and strictness."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -131,7 +132,7 @@ def written(base, adapter):
 
 def test_a_reparametrized_prefix_is_written_as_what_it_makes(decoder):
     delta, config, tensors = written(decoder, lj.prefix(length=3, hidden=5))
-    adapter, read = codecs.by_type(config["peft_type"], "").read(config, tensors, decoder, "file")
+    adapter, read = codecs.by_type(config["peft_type"], "").read(config, tensors, decoder, Path("file"))
     assert not tensors and adapter.spec["hidden"] == 0
     np.testing.assert_allclose(read["@prefix"].pairs, delta["@prefix"].collapsed().pairs, atol=1e-6)
 
@@ -142,7 +143,7 @@ def test_a_reparametrized_prefix_is_written_as_what_it_makes(decoder):
         ("prompt", {}, None, "file lacks the tensor 'prompt_embeddings'"),
         ("prompt", {}, (3, 16), r"has the shape \[3, 16\], expected \[3, 32\]"),
         ("prompt", {"num_virtual_tokens": 4}, (3, 32), r"has the shape \[3, 32\], expected \[4, 32\]"),
-        ("prompt", {"num_virtual_tokens": None}, (3, 32), "num_virtual_tokens=None, expected 1 or more"),
+        ("prompt", {"num_virtual_tokens": 0}, (3, 32), "num_virtual_tokens=0, expected 1 or more"),
         ("prompt", {"token_dim": 16}, (3, 32), "token_dim=16, but this base has 32; was the adapter made for another"),
         ("prefix", {"num_layers": 4}, (3, 64), "num_layers=4, but this base has 2"),
         ("prefix", {"num_attention_heads": 4}, (3, 64), "num_attention_heads=4, but this base has 2"),
@@ -154,7 +155,7 @@ def test_strict(decoder, method, config, shape, message):
     _, good, _ = written(decoder, METHODS[method]())
     tensors = {} if shape is None else {"prompt_embeddings": np.zeros(shape, np.float32)}
     with pytest.raises(lj.UserError, match=message):
-        codecs.by_type(good["peft_type"], "").read(good | config, tensors, decoder, "file")
+        codecs.by_type(good["peft_type"], "").read(good | config, tensors, decoder, Path("file"))
 
 
 def test_a_prefix_on_some_layers_has_no_format(decoder):
