@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lora_jax import evaluate, manifest, optim, records, sharding, trees
+from lora_jax import adapters, evaluate, manifest, optim, records, sharding, trees
 from lora_jax.checkpoint import Checkpoints
 from lora_jax.data import Batches
 from lora_jax.errors import UserError
@@ -89,6 +89,7 @@ def fit(
     mesh = mesh if mesh is not None and mesh.size > 1 else None
     batches = _batches(task, splits, settings, seed, mesh, max_length)
     total = settings.total(batches["train"].steps_per_epoch)
+    adapter = adapters.for_steps(adapter, total)
     identity = _identity(base, adapter, task, settings, seed, batches)
     manifest.open_run(workdir / "manifest.json", manifest.collect(identity, mesh=mesh, extra=about))
     with (

@@ -9,7 +9,7 @@ from typing import Any
 from lora_jax.adapters.base import Adapter, Delta
 from lora_jax.errors import UserError, did_you_mean
 
-__all__ = ["Adapter", "Delta", "from_spec", "get", "methods", "options"]
+__all__ = ["Adapter", "Delta", "for_steps", "from_spec", "get", "methods", "options"]
 
 
 def methods() -> list[str]:
@@ -50,3 +50,18 @@ def from_spec(spec: Mapping[str, Any]) -> Adapter:
         if option not in options(name):
             raise UserError(f"the method {name!r} has no option {option!r}; {did_you_mean(option, options(name))}")
     return make(*members, **given)
+
+
+def for_steps(adapter: Adapter, total_steps: int) -> Adapter:
+    """Tells an adapter how long the run is: an option `total_steps` that was left open (None) is filled in."""
+    spec = _filled(adapter.spec, total_steps)
+    return adapter if spec == adapter.spec else from_spec(spec)
+
+
+def _filled(spec: Mapping[str, Any], total_steps: int) -> dict[str, Any]:
+    out = dict(spec)
+    if "total_steps" in out and out["total_steps"] is None:
+        out["total_steps"] = total_steps
+    if "adapters" in out:
+        out["adapters"] = [_filled(one, total_steps) for one in out["adapters"]]
+    return out

@@ -332,6 +332,9 @@ OTHER = {
 # What a knob needs beside it to matter on so small a weight.
 WITH: dict[str, dict] = {"decompose_both": {"decompose_factor": 8}, "share_blocks": {"block_size": 4}}
 IN_GRADIENTS = ("norm_gradient",)  # knobs that change nothing but gradients
+# Of methods with a budget of ranks, on a run of 20 steps.
+OTHER |= {"init_rank": 5, "beta": 0.2, "beta1": 0.2, "beta2": 0.2, "start": 1, "end": 18, "tinit": 5, "tfinal": 1}
+OTHER |= {"interval": 2, "total_steps": 14}
 
 
 def other_value(method, name, default):
@@ -368,11 +371,37 @@ def test_every_knob_changes_something(method, knob):
             return delta, list(jax.grad(lambda d: loss(apply(bound(d), *site.args)))(shown).values())
         return delta, apply(bound(shown), *site.args)
 
-    (start, out), (start_2, out_2) = effect(usual), effect(usual | {knob: other_value(method, knob, default)})
+    other = usual | {knob: other_value(method, knob, default)}
+    (start, out), (start_2, out_2) = effect(usual), effect(other)
     shapes = lambda tree: {p: [x.shape for x in jax.tree_util.tree_leaves(d)] for p, d in tree.items()}  # noqa: E731
     assert shapes(start) != shapes(start_2) or furthest(list(start.values()), list(start_2.values())) > 0 or (
         furthest(out, out_2) > 1e-3
-    )  # fmt: skip
+    ) or furthest(trained(method, **usual), trained(method, **other)) > 1e-5  # fmt: skip
+
+
+@functools.cache
+def trained(method, **options):
+    """What penalty and wrapped optimizer make of 20 updates with gradients that know nothing of the method, each."""
+    site = kinds.get("dense")
+    busy = {"interval": 3, "init_rank": 7, "end": 17}  # so that ranks are pruned often, and many
+    options = {name: value for name, value in busy.items() if name in lj.adapters.options(method)} | options
+    adapter = lj.adapters.for_steps(kinds.make(method, site, **options), 20)
+    delta = moved(adapter, adapter.init(jax.random.key(0), site.variables, site.sites))
+    tx = (adapter.wrap or (lambda tx: tx))(optax.sgd(0.05))
+    penalty = jax.grad(adapter.penalty or (lambda delta: 0.0))
+
+    @quick
+    def run(delta, noise):
+        def step(carry, noise):
+            delta, state = carry
+            grads = jax.tree_util.tree_map(jnp.add, penalty(delta), noise)
+            updates, state = tx.update(grads, state, delta)
+            delta = optax.apply_updates(delta, updates)
+            return (delta, state), delta
+
+        return jax.lax.scan(step, (delta, tx.init(delta)), noise)[1]
+
+    return run(delta, noisy(jax.tree_util.tree_map(lambda x: jnp.zeros((20, *x.shape)), delta), 1.0, seed=3))
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "dropout" in lj.adapters.options(m)])
