@@ -29,9 +29,9 @@ def started(total=20, kind="dense", **options):
     return adapter, delta, [noisy(jax.tree.map(jnp.zeros_like, delta), 1.0, seed=i) for i in range(total)]
 
 
-def trained(adapter, delta, gradients):
+def trained(adapter, delta, gradients, rate=RATE):
     """The delta after every update of plain gradient descent, and the last state."""
-    tx = adapter.wrap(optax.sgd(RATE))
+    tx = adapter.wrap(optax.sgd(rate))
     traced = []
 
     @jax.jit
@@ -121,8 +121,8 @@ def test_the_number_of_live_parts_at_every_step(total, start, end):
 
 
 def test_the_budget_is_met_exactly_and_pruned_parts_stay_pruned():
-    adapter, delta, gradients = started()
-    after, state = trained(adapter, delta, gradients)
+    adapter, delta, gradients = started(interval=1, beta=0.1)
+    after, state = trained(adapter, delta, gradients, rate=2.0)  # so that the dead would win if they could
     alive = [np.concatenate([p.reshape(-1) for p in rank_pattern(d).values()]) for d in after]
     assert alive[0].sum() == 10 and [int(p.sum()) for p in alive[14:]] == [4] * 6
     assert all(not np.any(new & ~old) for old, new in zip(alive, alive[1:], strict=False))
