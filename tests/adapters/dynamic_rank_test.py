@@ -1,5 +1,6 @@
 """What dynamic_rank promises beyond the conformance suite: scores, pruning and penalty against literal formulae."""
 
+import dataclasses
 import math
 
 import jax
@@ -29,9 +30,9 @@ def started(total=20, kind="dense", **options):
     return adapter, delta, [noisy(jax.tree.map(jnp.zeros_like, delta), 1.0, seed=i) for i in range(total)]
 
 
-def trained(adapter, delta, gradients, rate=RATE):
+def trained(adapter, delta, gradients):
     """The delta after every update of plain gradient descent, and the last state."""
-    tx = adapter.wrap(optax.sgd(rate))
+    tx = adapter.wrap(optax.sgd(RATE))
     traced = []
 
     @jax.jit
@@ -122,7 +123,9 @@ def test_the_number_of_live_parts_at_every_step(total, start, end):
 
 def test_the_budget_is_met_exactly_and_pruned_parts_stay_pruned():
     adapter, delta, gradients = started(interval=1, beta=0.1)
-    after, state = trained(adapter, delta, gradients, rate=2.0)  # so that the dead would win if they could
+    # Each update outweighs all before it, so that the dead would win if they could.
+    grown = [{p: dataclasses.replace(g, e=g.e * 4.0**i) for p, g in gs.items()} for i, gs in enumerate(gradients)]
+    after, state = trained(adapter, delta, grown)
     alive = [np.concatenate([p.reshape(-1) for p in rank_pattern(d).values()]) for d in after]
     assert alive[0].sum() == 10 and [int(p.sum()) for p in alive[14:]] == [4] * 6
     assert all(not np.any(new & ~old) for old, new in zip(alive, alive[1:], strict=False))

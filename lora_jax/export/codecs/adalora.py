@@ -1,4 +1,4 @@
-"""AdaLoRA in PEFT's format (`peft_type` ADALORA), both ways.
+"""ADALORA: A, B and the singular values of the live triplets, and flags that say which those are.
 
 Described from files written by PEFT 0.21.2. A module has `lora_A` (rank, in), `lora_B` (out, rank) and `lora_E`
 (rank, 1), without `.weight`. Only live triplets are stored; `rank_pattern` says by one flag per triplet of the start
@@ -21,6 +21,7 @@ from lora_jax.errors import UserError
 from lora_jax.export import peft_names as names
 from lora_jax.lift.weight import Axes
 
+METHODS = ("adalora",)
 SUFFIXES = {"a": ".lora_A", "e": ".lora_E", "b": ".lora_B"}
 _EPSILON = 1e-5  # PEFT adds it to the rank it divides by
 
@@ -37,11 +38,11 @@ def write(adapter: Adapter, delta: Mapping[str, Any], base: Any) -> tuple[dict[s
       (what adapter_config.json holds besides what every type has, tensors by key).
 
     Raises:
-      UserError: a site that PEFT's AdaLoRA cannot name: an embedding or a stack of layers.
+      UserError: an embedding, which PEFT's AdaLoRA does not have.
     """
     module = {path: names.module_of(names.modules(base)[path]) for path in delta}
-    for path, one in delta.items():
-        _check(path, one, base)
+    for path in delta:
+        _check(path, base)
     init_r = max(one.ranks[0] for one in delta.values())
     alphas = {path: one.scales[0] * one.ranks[0] for path, one in delta.items()}
     alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
@@ -54,14 +55,11 @@ def write(adapter: Adapter, delta: Mapping[str, Any], base: Any) -> tuple[dict[s
         for field, suffix in SUFFIXES.items():
             kept = own[field][live[path]]
             tensors[names.PREFIX + module[path] + suffix] = kept.T if field == "b" else kept
-    return _config(adapter, delta, module, live, init_r, alpha), tensors
+    config = _config(adapter, delta, module, live, init_r, alpha)
+    return config | {"target_modules": names.targets(list(module.values()), base)}, tensors
 
 
-def _check(path: str, one: AdaLoRA, base: Any) -> None:
-    if one.axes.batch:
-        raise UserError(
-            f"{path!r} is a stack of layers, which PEFT's format cannot name; unroll the model to export it"
-        )
+def _check(path: str, base: Any) -> None:
     if "embedding" in base.sites[path].uses:
         raise UserError(
             f"PEFT's AdaLoRA has no embeddings, and {path!r} is one; leave it out of the targets, or save this adapter "
@@ -80,7 +78,6 @@ def _config(adapter: Adapter, delta: Mapping, module: Mapping, live: Mapping, in
     steps = lambda name: int(spec[name] * total) if spec[name] < 1 else int(spec[name])  # noqa: E731
     flags = {f"{module[p]}.lora_E": [bool(v) for v in f] + [False] * (init_r - len(f)) for p, f in live.items()}
     return {
-        "peft_type": "ADALORA",
         "init_r": init_r,
         "target_r": max(1, round(float(np.mean([one.budget[0] for one in delta.values()])))),
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -94,7 +91,6 @@ def _config(adapter: Adapter, delta: Mapping, module: Mapping, live: Mapping, in
         "tinit": steps("tinit") if total else 0,
         "tfinal": steps("tfinal") if total else 0,
         "total_step": total or 1,
-        "target_modules": sorted(module.values()),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -116,27 +112,21 @@ def read(config: Mapping[str, Any], tensors: dict, base: Any, file: Path) -> tup
     Raises:
       UserError: a missing or misshaped tensor, a rank pattern that does not fit, no module of this base.
     """
-    for needed in ("init_r", "target_r", "lora_alpha", "target_modules"):
-        if config.get(needed) is None:
-            raise UserError(f"{file}: its config lacks {needed!r}")
+    names.need(config, ("init_r", "target_r", "lora_alpha", "target_modules"), file)
     init_r, alpha = int(config["init_r"]), float(config["lora_alpha"])
     alpha = alpha if alpha > 0 else float(init_r)  # as PEFT reads it
     target = min(int(config["target_r"]), init_r)
     patterns = dict(config.get("rank_pattern") or {})
     delta = {}
-    for path, name in names.modules(base).items():
-        module, site = names.module_of(name), base.sites[path]
-        if not name.endswith(".weight") or not site.is_matrix or not names.targeted(config, module):
-            continue
+    for path, module in names.targeted_modules(config, base).items():
+        site = base.sites[path]
         if "embedding" in site.uses:
-            raise UserError(
-                f"{file}: target_modules selects the embedding {module!r}, which PEFT's AdaLoRA cannot adapt"
-            )
+            raise UserError(f"{file}: target_modules selects the embedding {module!r}, which PEFT's AdaLoRA lacks")
         live = _flags(patterns, module, init_r, file)
-        n_in, n_out = (int(np.prod(site.dims(axes))) for axes in (site.fan_in, site.fan_out))
+        n_in, n_out = names.flat_sizes(site)
         n = int(live.sum())
         shapes = {"a": (n, n_in), "e": (n, 1), "b": (n_out, n)}
-        own = {f: _take(tensors, names.PREFIX + module + s, shapes[f], file) for f, s in SUFFIXES.items()}
+        own = {f: names.take(tensors, names.PREFIX + module + s, shapes[f], file) for f, s in SUFFIXES.items()}
         a, e, b = (np.zeros((init_r, size), np.float32) for size in (n_in, 1, n_out))
         a[live], e[live], b[live] = own["a"], own["e"] * np.float32(init_r / (init_r + _EPSILON)), own["b"].T
         delta[path] = AdaLoRA(
@@ -144,8 +134,6 @@ def read(config: Mapping[str, Any], tensors: dict, base: Any, file: Path) -> tup
             b=jnp.asarray(b.reshape(init_r, *site.dims(site.fan_out))), axes=Axes.of(site),
             ranks=(init_r,), budget=(target,), scales=(alpha / init_r,),
         )  # fmt: skip
-    if not delta:
-        raise UserError(f"{file}: target_modules={config['target_modules']!r} selects no module of this base")
     if patterns:
         raise UserError(f"{file}: rank_pattern names {sorted(patterns)[0]!r}, which is no adapted module of this base")
     return _adapter(config, list(delta), init_r, target, alpha), delta
@@ -160,21 +148,12 @@ def _flags(patterns: dict, module: str, init_r: int, file: Path) -> np.ndarray:
     return flags
 
 
-def _take(tensors: dict, key: str, shape: tuple[int, ...], file: Path) -> np.ndarray:
-    if key not in tensors:
-        raise UserError(f"{file} lacks the tensor {key!r}, which its config and this base call for")
-    value = tensors.pop(key)
-    if tuple(value.shape) != shape:
-        raise UserError(f"{file}: {key!r} has the shape {list(value.shape)}, expected {list(shape)}")
-    return value.astype(np.float32)
-
-
 def _adapter(config: Mapping, paths: list[str], init_r: int, target: int, alpha: float) -> Adapter:
     given = {"beta1": "beta1", "beta2": "beta2", "orth_weight": "orth_reg_weight", "interval": "deltaT"}
     given |= {"tinit": "tinit", "tfinal": "tfinal", "total_steps": "total_step"}
     return get("adalora")(
         rank=target, init_rank=init_r, alpha=int(alpha) if alpha == int(alpha) else alpha,
-        targets=[path.replace(".", r"\.") for path in paths], dropout=config.get("lora_dropout") or 0.0,
+        targets=[names.exact(path) for path in paths], dropout=config.get("lora_dropout") or 0.0,
         orthogonality="mean", importance="after",
         **{ours: config[theirs] for ours, theirs in given.items() if config.get(theirs) is not None},
     )  # fmt: skip

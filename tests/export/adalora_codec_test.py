@@ -9,7 +9,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.adapters.parts.gated import rank_pattern
-from lora_jax.export import peft_adalora
+from lora_jax.export import peft_save
+from lora_jax.export.codecs import adalora as codec
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -57,23 +58,6 @@ def error(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
 
-def save(folder, config, tensors):
-    from safetensors.numpy import save_file
-
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def load(folder, base):
-    from safetensors.numpy import load_file
-
-    file = folder / "adapter_model.safetensors"
-    tensors, config = load_file(file), json.loads((folder / "adapter_config.json").read_text())
-    adapter, delta = peft_adalora.read(config, tensors, base, file)
-    assert not tensors, "what was read is taken out"
-    return adapter, delta
-
-
 def trained(adapter, base, prune=True):
     """A delta as training leaves it: large, with some gates at zero, one site without any open gate."""
     delta = adapter.init(jax.random.key(0), base.variables, base.sites)
@@ -97,13 +81,13 @@ def test_ours_to_peft(case, variant, tmp_path):
     options = rules if variant == "rules" else {"rank": 2, "init_rank": 4, "alpha": 8}
     adapter = lj.adalora(targets=OURS[kind], total_steps=100, **options)
     delta = trained(adapter, base, prune=variant != "whole")
-    config, tensors = peft_adalora.write(adapter, delta, base)
+    lj.save_peft(tmp_path, adapter, delta, base)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["rank_pattern"] is None) == (variant == "whole")
-    save(tmp_path, {**config, "inference_mode": True}, tensors)
     mine = ours(base, adapter, delta)
     assert error(mine, theirs(peft.PeftModel.from_pretrained(fresh(), tmp_path))) < TOLERANCE
     assert error(mine, np.asarray(base.apply(base.variables, jnp.asarray(TOKENS)))) > 1e-2
-    again, back = load(tmp_path, base)
+    again, back = lj.load_peft(tmp_path, base)
     assert error(ours(base, again, back), mine) < 1e-6
     for path, pattern in rank_pattern(delta).items():
         np.testing.assert_array_equal(rank_pattern(back)[path][: pattern.size], pattern)
@@ -129,7 +113,7 @@ def test_peft_to_ours(case, pruned, tmp_path):
             model.base_model.update_and_allocate(step)
     model.save_pretrained(tmp_path)
     expected = theirs(model)
-    adapter, delta = load(tmp_path, base)
+    adapter, delta = lj.load_peft(tmp_path, base)
     assert error(ours(base, adapter, delta), expected) < TOLERANCE
     assert error(expected, np.asarray(base.apply(base.variables, jnp.asarray(TOKENS)))) > 1e-2
     live = sum(int(p.sum()) for p in rank_pattern(delta).values())
@@ -143,7 +127,7 @@ def test_peft_to_ours(case, pruned, tmp_path):
 def test_an_untrained_adapter_keeps_its_triplets(case):
     kind, _, base = case
     adapter = lj.adalora(rank=2, targets=OURS[kind])
-    config, tensors = peft_adalora.write(adapter, adapter.init(jax.random.key(0), base.variables, base.sites), base)
+    config, tensors = peft_save.render(adapter, adapter.init(jax.random.key(0), base.variables, base.sites), base)
     assert config["rank_pattern"] is None and {t.shape[0] for k, t in tensors.items() if k.endswith("lora_A")} == {3}
     peft.AdaLoraConfig(**{k: v for k, v in config.items() if k != "peft_type"})  # PEFT takes its schedule
 
@@ -151,7 +135,7 @@ def test_an_untrained_adapter_keeps_its_triplets(case):
 def test_the_budget_of_the_whole_is_pefts_target(case):
     kind, _, base = case
     adapter = lj.adalora(rank=3, targets=OURS[kind], total_steps=200, tinit=0.1, tfinal=50)
-    config, _ = peft_adalora.write(adapter, trained(adapter, base), base)
+    config, _ = peft_save.render(adapter, trained(adapter, base), base)
     found = {k: config[k] for k in ("init_r", "target_r", "tinit", "tfinal", "total_step", "deltaT", "lora_alpha")}
     assert list(found.values()) == [5, 3, 20, 50, 200, 10, 16]
 
@@ -164,16 +148,16 @@ def test_the_budget_of_the_whole_is_pefts_target(case):
         (lambda c, t: c.update(rank_pattern=None), r"has the shape \[\d, \d+\], expected \[4, \d+\]"),
         (lambda c, t: c.update(target_modules=["c_attn"]), r"target_modules=\['c_attn'\] selects no module"),
         (lambda c, t: c["rank_pattern"].update({"h.9.lora_E": [True] * 4}), "rank_pattern names 'h.9.lora_E'"),
-        (lambda c, t: c.pop("init_r"), "its config lacks 'init_r'"),
+        (lambda c, t: c.pop("init_r"), "lacks 'init_r'"),
     ],
 )
 def test_strict(case, change, message, tmp_path):
     kind, _, base = case
     adapter = lj.adalora(rank=2, init_rank=4, targets=OURS[kind])
-    config, tensors = peft_adalora.write(adapter, trained(adapter, base), base)
+    config, tensors = peft_save.render(adapter, trained(adapter, base), base)
     change(config, tensors)
     with pytest.raises(lj.UserError, match=message):
-        peft_adalora.read(config, tensors, base, tmp_path)
+        codec.read(config, tensors, base, tmp_path / "adapter_model.safetensors")
 
 
 def test_an_embedding_is_refused(case):
@@ -181,4 +165,4 @@ def test_an_embedding_is_refused(case):
     path = next(p for p, s in base.sites.items() if s.uses[:1] == ("embedding",))
     adapter = lj.adalora(rank=2, targets=path)
     with pytest.raises(lj.UserError, match=f"PEFT's AdaLoRA has no embeddings, and '{path}' is one"):
-        peft_adalora.write(adapter, trained(adapter, base), base)
+        peft_save.render(adapter, trained(adapter, base), base)
