@@ -155,7 +155,7 @@ def _selected(adapter: Adapter, base: models.Base) -> set[str]:
 
 def save_adapter(folder: Path, parts: Parts, delta: Any) -> None:
     """Writes the trained adapter: in PEFT's format where PEFT has the method, else in ours."""
-    if export.has_format(parts.adapter, delta):
+    if export.has_format(parts.adapter, delta, parts.base):
         export.save_peft(folder, parts.adapter, delta, parts.base)
     else:
         saving.save(folder, parts.adapter, delta, parts.base.variables)

@@ -47,7 +47,13 @@ ORDER = [
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 # Inside these folders each file is one method, family or objective; what several need has one of these names.
 SHARED = {
-    "adapters": {"base", "parts", "full", "lora"},  # full: in place, which head, layers, ... narrow; dora adds to lora
+    "adapters": {
+        "base",
+        "parts",
+        "full",
+        "lora",
+        "from_spec",
+    },  # full: in place, which head, layers, ... narrow; dora adds to lora
     "quant": {"base", "blocks", "product", "store", "table"},
     "models": {"base", "cache", "files", "hf", "layers", "options", "registry", "rotary", "tensor", "virtual_tokens"},
     "tasks": {"base", "causal"},

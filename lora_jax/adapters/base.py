@@ -14,6 +14,7 @@ which is all that most method files contain.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
@@ -79,6 +80,11 @@ class Entry:
     layout: ClassVar[dict[str, tuple[str, ...]]] = {}
     axes: Axes
     member: str
+
+    def fits(self, fan_in: int, fan_out: int) -> bool:
+        """Whether the arrays fit a weight of these sizes, beyond what `layout` tells."""
+        del fan_in, fan_out
+        return True
 
 
 class Place(NamedTuple):
@@ -228,7 +234,16 @@ def check_paths(paths: Any, leaves: Mapping[str, Any]) -> None:
 
 
 def check_fits(path: str, one: Any, leaf: Any) -> None:
-    """Raises if an entry's arrays do not run along the weight's axes."""
+    """Raises if an entry's arrays do not run along the weight's axes, or the entry itself says that they do not fit."""
+    sizes = [
+        math.prod(leaf.shape[a] for a in axes if a < len(leaf.shape)) for axes in (one.axes.fan_in, one.axes.fan_out)
+    ]
+    if not one.fits(*sizes):
+        shapes = ", ".join(str(tuple(x.shape)) for x in jax.tree_util.tree_leaves(one))
+        raise UserError(
+            f"what the delta's arrays of shapes {shapes} make does not fit the weight {path!r} of shape "
+            f"{tuple(leaf.shape)}: was it made for another base?"
+        )
     for name, roles in one.layout.items():
         value = getattr(one, name)
         axes = [a for r in roles if hasattr(one.axes, r) for a in getattr(one.axes, r)]

@@ -60,6 +60,16 @@ class LoKr(Entry):
         "w2": ("batch", "n_in", "n_out"), "a2": ("batch", "n_in", "rank"), "b2": ("batch", "rank", "n_out"),
     }  # fmt: skip
 
+    def fits(self, fan_in: int, fan_out: int) -> bool:
+        """The Kronecker product has the weight's size."""
+        first_in, second_in = (w.shape[-2] for w in (self._either(self.w1, self.a1), self._either(self.w2, self.a2)))
+        first_out, second_out = (w.shape[-1] for w in (self._either(self.w1, self.b1), self._either(self.w2, self.b2)))
+        return first_in * second_in == fan_in and first_out * second_out == fan_out
+
+    @staticmethod
+    def _either(whole: Any, part: Any) -> Any:
+        return part if whole is None else whole
+
     def parameters(self) -> int:
         """How many train, without those beyond a layer's own rank."""
         live = [r for r in self.ranks if r]

@@ -53,6 +53,11 @@ class OFT(Entry):
     member: str = ""
     layout: ClassVar = {"q": ("batch", "block", "pair")}
 
+    def fits(self, fan_in: int, fan_out: int) -> bool:
+        """The blocks cover what is turned; one block that all share divides it."""
+        blocks = self.q.shape[-2]
+        return blocks * self.size == fan_in or (blocks == 1 and fan_in % self.size == 0)
+
     def parameters(self) -> int:
         """How many train, without the layers of a stack that are left out."""
         return self.q.size // len(self.live) * sum(self.live)

@@ -1,15 +1,9 @@
-"""What the formats of PEFT's methods with one group of arrays a module share: which modules, which numbers by pattern.
-
-A format is a pair of functions, `write(adapter, delta, base) -> (config, tensors)` and
-`read(config, tensors, base, file) -> (adapter, delta)`, which removes from `tensors` what it consumed.
-"""
+"""What formats with one group of arrays a module share: which modules, and which numbers by pattern."""
 
 import collections
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lora_jax.adapters.base import Entry
 from lora_jax.errors import UserError
@@ -27,16 +21,10 @@ def check_plain(delta: Mapping[str, Any], cls: type[Entry], base: Any, method: s
             raise UserError(f"PEFT's format for {method!r} has no place for the embedding {path!r}")
 
 
-def module_keys(delta: Mapping[str, Any], base: Any) -> dict[str, str]:
-    """`{path: name of the module in transformers}`."""
-    ours = names.modules(base)
-    return {path: names.module_of(ours[path]) for path in delta}
-
-
 def usual_and_exceptions(values: Mapping[str, Any], modules: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
     """The commonest value, and the others as PEFT's pattern: `{module: value}`."""
     usual = collections.Counter(values.values()).most_common(1)[0][0]
-    return usual, {modules[p].replace(".", r"\."): v for p, v in values.items() if v != usual}
+    return usual, {names.literal(modules[p]): v for p, v in values.items() if v != usual}
 
 
 def plain_number(value: float) -> float | int:
@@ -46,32 +34,16 @@ def plain_number(value: float) -> float | int:
 
 
 def selected(config: Mapping[str, Any], base: Any, file: Path) -> dict[str, str]:
-    """`{path: module}` of the weights that a config's `target_modules` select.
+    """`{path: module}` of the linear layers that a config's `target_modules` select.
 
     Raises:
-      UserError: it selects none.
+      UserError: it selects none, or an embedding.
     """
-    out = {}
-    for path, name in names.modules(base).items():
-        module, site = names.module_of(name), base.sites[path]
-        if name.endswith(".weight") and site.is_matrix and names.targeted(config, module):
-            out[path] = module
-    if not out:
-        raise UserError(f"{file}: target_modules={config.get('target_modules')!r} selects no module of this base")
+    out = names.targeted_modules(config, base)
     for path in out:
         if "embedding" in base.sites[path].uses:
             raise UserError(f"{file} adapts the embedding {path!r}; of this method only linear layers can be read")
     return out
-
-
-def take(tensors: dict, key: str, shape: tuple[int, ...], file: Path) -> np.ndarray:
-    """Removes one tensor, checked, as float32."""
-    if key not in tensors:
-        raise UserError(f"{file} lacks the tensor {key!r}, which its config and this base call for")
-    value = tensors.pop(key)
-    if tuple(value.shape) != tuple(shape):
-        raise UserError(f"{file}: {key!r} has the shape {list(value.shape)}, expected {list(shape)}")
-    return np.asarray(value, np.float32)
 
 
 def check_config(config: Mapping[str, Any], file: Path, needed: tuple[str, ...], off: Mapping[str, tuple]) -> None:
@@ -84,18 +56,7 @@ def check_config(config: Mapping[str, Any], file: Path, needed: tuple[str, ...],
             raise UserError(f"{file}: {name}={config[name]!r} is not supported; this reader needs {values[0]!r}")
 
 
-def uniform(values: Mapping[str, Any]) -> Any:
-    """One number where all are equal, else rules by path."""
-    distinct = set(values.values())
-    return distinct.pop() if len(distinct) == 1 else [(exact(p), v) for p, v in values.items()]
-
-
-def exact(path: str) -> str:
-    """A pattern that matches this path alone."""
-    return path.replace(".", r"\.")
-
-
-def rank_fields(delta: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, Any]:
+def rank_fields(delta: Mapping[str, Any], own: Mapping[str, str], base: Any) -> dict[str, Any]:
     """`r`, `alpha`, their patterns and the modules, as LoHa and LoKr have them."""
     ranks = {p: one.ranks[0] for p, one in delta.items()}
     r, rank_pattern = usual_and_exceptions(ranks, own)
@@ -104,7 +65,7 @@ def rank_fields(delta: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, A
     return {
         "r": r, "alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
         "rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": False, "init_weights": True,
-        "target_modules": sorted(own.values()),
+        "target_modules": names.targets(list(own.values()), base),
     }  # fmt: skip
 
 

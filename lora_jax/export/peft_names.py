@@ -18,6 +18,7 @@ from lora_jax.sites import Site
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+VERSION = "0.21.2"  # of PEFT, whose format this is
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 BASE_LAYER = ".base_layer.weight"
@@ -31,6 +32,12 @@ def modules(base: Any) -> dict[str, str]:
 def module_of(tensor_name: str) -> str:
     """The module that holds a tensor: its name without `.weight` or `.bias`."""
     return tensor_name.rpartition(".")[0]
+
+
+def module_keys(delta: Mapping[str, Any], base: Any) -> dict[str, str]:
+    """`{path: module}` of a delta's sites."""
+    ours = modules(base)
+    return {path: module_of(ours[path]) for path in delta}
 
 
 def task_type(base: Any) -> str:

@@ -57,7 +57,7 @@ def render(adapter: Adapter, delta: Mapping[str, Any], base: Any) -> tuple[dict[
     ours = names.modules(base)
     saved = _saved_modules([p for p in in_place if not ours[p].endswith(".bias")], base)
     biases = {p: one for p, one in in_place.items() if p in peft_biases.paths(base, saved)}
-    mode = peft_biases.mode(set(biases), main[1], base, saved) if "bias" in config else None
+    mode = peft_biases.mode(set(biases), main[1], base, saved) if getattr(codec, "BIASES", False) else None
     if mode is None:  # no word for these biases: their modules are saved whole
         saved = _saved_modules(list(in_place), base)
     else:
@@ -69,20 +69,19 @@ def render(adapter: Adapter, delta: Mapping[str, Any], base: Any) -> tuple[dict[
         "task_type": names.task_type(base),
         "base_model_name_or_path": None if base.path is None else str(base.path),
         "inference_mode": True,
+        "peft_version": names.VERSION,
         "modules_to_save": saved or None,
     }
     return {**common, **config}, tensors
 
 
-def has_format(adapter: Adapter, delta: Mapping[str, Any]) -> bool:
-    """Whether PEFT has the method, so that `save_peft` can write it."""
+def has_format(adapter: Adapter, delta: Mapping[str, Any], base: Any) -> bool:
+    """Whether PEFT has a place for all of an adapter, so that `save_peft` can write it."""
     try:
-        _check_unstacked(delta)
-        (main, _), _ = _split(adapter, delta)
+        render(adapter, delta, base)
     except UserError:
         return False
-    holds = getattr(codecs.by_method(main.spec["method"]), "holds", None)
-    return holds is None or holds(main.spec)
+    return True
 
 
 def _split(adapter: Adapter, delta: Mapping[str, Any]) -> tuple[tuple[Adapter, dict], dict[str, Full]]:

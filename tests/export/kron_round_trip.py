@@ -1,7 +1,7 @@
 """Round trips of one PEFT format with the real PEFT on tiny models; what the tests of loha, lokr and oft share."""
 
-import json
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -66,42 +66,18 @@ def moved(delta, size, seed=0):
     return jax.tree_util.tree_map(lambda x: x + size * rng.normal(size=x.shape).astype(np.float32), delta)
 
 
-def save(codec, folder, adapter, delta, base) -> None:
-    from safetensors.numpy import save_file
-
-    config, tensors = codec.write(adapter, delta, base)
-    folder.mkdir(exist_ok=True)
-    save_file(
-        {k: np.ascontiguousarray(v) for k, v in tensors.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def load(codec, folder, base):
-    """Returns (adapter, delta, tensors left over)."""
-    from safetensors.numpy import load_file
-
-    tensors = load_file(folder / "adapter_model.safetensors")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    adapter, delta = codec.read(config, tensors, base, folder / "adapter_model.safetensors")
-    return adapter, delta, tensors
-
-
-def check_ours_to_peft(case, codec, adapter, folder, size=0.3) -> None:
+def check_ours_to_peft(case, adapter, folder, size=0.3) -> None:
     """PEFT gives our outputs from our file; what we read back is what we wrote."""
     base = case.base
     delta = moved(adapter.init(jax.random.key(0), base.variables, base.sites), size)
-    save(codec, folder, adapter, delta, base)
+    lj.save_peft(folder, adapter, delta, base)
     model = case.cls.from_pretrained(case.folder, attn_implementation="eager")
     plain = output_of(model)
     model = peft.PeftModel.from_pretrained(model, folder)
     mine = ours(base, adapter, delta)
     assert error(mine, plain) > 1e-2, "the adapter must change the output"
     assert error(mine, output_of(model)) < TOLERANCE
-    again, read, left = load(codec, folder, base)
-    assert not left
+    again, read = lj.load_peft(folder, base)
     assert jax.tree_util.tree_structure(read) == jax.tree_util.tree_structure(delta)
     for x, y in zip(jax.tree_util.tree_leaves(read), jax.tree_util.tree_leaves(delta), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -110,7 +86,7 @@ def check_ours_to_peft(case, codec, adapter, folder, size=0.3) -> None:
     )
 
 
-def check_peft_to_ours(case, codec, config, folder) -> None:
+def check_peft_to_ours(case, config, folder) -> None:
     """Our outputs from PEFT's file are PEFT's, and the parameters are as many."""
     torch.manual_seed(1)
     model = case.cls.from_pretrained(case.folder, attn_implementation="eager")
@@ -119,8 +95,7 @@ def check_peft_to_ours(case, codec, config, folder) -> None:
     expected = output_of(model)
     assert error(expected, plain) > 1e-2, "PEFT's adapter must change the output"
     model.save_pretrained(folder)
-    adapter, delta, left = load(codec, folder, case.base)
-    assert not left
+    adapter, delta = lj.load_peft(folder, case.base)
     assert error(ours(case.base, adapter, delta), expected) < TOLERANCE
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert lj.audit(adapter, delta, case.base.variables, case.base.sites).trainable == trained
@@ -133,4 +108,4 @@ def check_strict(case, codec, adapter, config, tensors, message) -> None:
     base = case.base
     written, arrays = codec.write(adapter, adapter.init(jax.random.key(0), base.variables, base.sites), base)
     with pytest.raises(UserError, match=message):
-        codec.read({**written, **config}, tensors(dict(arrays)), base, "file")
+        codec.read({**written, **config}, tensors(dict(arrays)), base, Path("file"))

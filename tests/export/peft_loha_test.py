@@ -3,7 +3,7 @@
 import pytest
 
 import lora_jax as lj
-from lora_jax.export import peft_loha as codec
+from lora_jax.export.codecs import loha as codec
 from tests.export import kron_round_trip as trip
 
 pytestmark = pytest.mark.peers
@@ -22,7 +22,7 @@ def test_ours_to_peft(case, tmp_path):
         alpha=[(".*(query|q_proj)/kernel", 3), (".*", 8)],
         targets=trip.OURS[case.kind],
     )
-    trip.check_ours_to_peft(case, codec, adapter, tmp_path / "adapter")
+    trip.check_ours_to_peft(case, adapter, tmp_path / "adapter")
 
 
 def test_peft_to_ours(case, tmp_path):
@@ -31,7 +31,7 @@ def test_peft_to_ours(case, tmp_path):
         r=3, alpha=40, target_modules=trip.THEIRS[case.kind], init_weights=False,
         rank_pattern={v: 5}, alpha_pattern={q: 80},
     )  # fmt: skip
-    trip.check_peft_to_ours(case, codec, config, tmp_path)
+    trip.check_peft_to_ours(case, config, tmp_path)
 
 
 @pytest.mark.parametrize(

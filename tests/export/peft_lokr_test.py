@@ -3,7 +3,7 @@
 import pytest
 
 import lora_jax as lj
-from lora_jax.export import peft_lokr as codec
+from lora_jax.export.codecs import lokr as codec
 from tests.export import kron_round_trip as trip
 
 pytestmark = pytest.mark.peers
@@ -24,7 +24,7 @@ def test_ours_to_peft(case, options, tmp_path):
         targets=trip.OURS[case.kind],
         **options,
     )
-    trip.check_ours_to_peft(case, codec, adapter, tmp_path / "adapter")
+    trip.check_ours_to_peft(case, adapter, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("options", [{"r": 3}, {"r": 2, "decompose_factor": 8, "decompose_both": True}])
@@ -33,7 +33,7 @@ def test_peft_to_ours(case, options, tmp_path):
     config = peft.LoKrConfig(
         alpha=16, target_modules=trip.THEIRS[case.kind], init_weights=False, rank_pattern={v: 7}, **options
     )
-    trip.check_peft_to_ours(case, codec, config, tmp_path)
+    trip.check_peft_to_ours(case, config, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 import lora_jax as lj
-from lora_jax.export import peft_oft as codec
+from lora_jax.export.codecs import oft as codec
 from tests.export import kron_round_trip as trip
 
 pytestmark = pytest.mark.peers
@@ -27,7 +27,7 @@ def case(request, tmp_path_factory):
 def test_ours_to_peft(case, options, tmp_path):
     """Both forms (PEFT turns its exact one the other way round), by size and by number, shared or not."""
     adapter = lj.oft(targets=trip.OURS[case.kind], **options)
-    trip.check_ours_to_peft(case, codec, adapter, tmp_path / "adapter", size=0.1)
+    trip.check_ours_to_peft(case, adapter, tmp_path / "adapter", size=0.1)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_ours_to_peft(case, options, tmp_path):
 )
 def test_peft_to_ours(case, options, tmp_path):
     config = peft.OFTConfig(target_modules=trip.THEIRS[case.kind], init_weights=False, **options)
-    trip.check_peft_to_ours(case, codec, config, tmp_path)
+    trip.check_peft_to_ours(case, config, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,7 @@ def test_strict(decoder, method, config, shape, message):
 
 def test_a_prefix_on_some_layers_has_no_format(decoder):
     whole, part = lj.prefix(length=3), lj.prefix(length=3, layers="last:1")
-    assert has_format(whole, start(decoder, whole)) and not has_format(part, start(decoder, part))
+    assert has_format(whole, start(decoder, whole), decoder)
+    assert not has_format(part, start(decoder, part), decoder)
     with pytest.raises(lj.UserError, match=r"on the layers \[1\]; PEFT's format has prefixes on all 2 layers only"):
         written(decoder, lj.prefix(length=3, hidden=0, layers="last:1"))

@@ -5,8 +5,8 @@ A codec has `METHODS` (which of our methods it writes) and two functions:
     write(adapter, delta, base) -> (fields of adapter_config.json, {tensor name: array})
     read(config, tensors, base, file) -> (adapter, delta); takes out of `tensors` what it used
 
-and may name the prefix of modules that are saved whole beside it (`PREFIX`) and say of an adapter's spec that the
-format has no place for it (`holds(spec) -> bool`).
+`write` raises UserError where the format has no place for an adapter. A codec may name the prefix of modules that are
+saved whole beside it (`PREFIX`), and say that PEFT can train biases beside it (`BIASES = True`).
 """
 
 import importlib

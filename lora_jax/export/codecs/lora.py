@@ -5,7 +5,6 @@ init away from zero (PiSSA, OLoRA) is written as a plain LoRA of twice the rank 
 `[B, -B0]`, so that a reader need not repeat the decomposition.
 """
 
-import collections
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +19,12 @@ from lora_jax.adapters.dora import DoRA
 from lora_jax.adapters.lora import LoRA
 from lora_jax.adapters.parts.ranks import SCALINGS
 from lora_jax.errors import UserError
+from lora_jax.export import peft_modules as modules
 from lora_jax.export import peft_names as names
 from lora_jax.lift.weight import Axes
 
 METHODS = ("lora", "dora")
+BIASES = True  # PEFT can train biases beside these
 MAGNITUDE = ".lora_magnitude_vector"
 
 # Options that change what the adapter computes and that we do not have: the values that switch them off.
@@ -38,22 +39,23 @@ _OFF: dict[str, tuple] = {
 def write(adapter: Adapter, delta: Mapping[str, Any], base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Fields of the config and the factors' tensors."""
     spec = adapter.spec
-    ours = names.modules(base)
+    module = names.module_keys(delta, base)
     tensors: dict[str, np.ndarray] = {}
     for path, one in delta.items():
-        tensors |= _tensors(one, base.sites[path], names.PREFIX + names.module_of(ours[path]))
-    module = {p: names.module_of(ours[p]) for p in delta}
+        tensors |= _tensors(one, base.sites[path], names.PREFIX + module[path])
     root = spec["scaling"] == "alpha/sqrt(r)"
     rank = {p: one.ranks[0] * (1 if one.a0 is None else 2) for p, one in delta.items()}
-    alpha = {p: _plain(one.scales[0] * (math.sqrt(rank[p]) if root else rank[p])) for p, one in delta.items()}
-    r, lora_alpha = (collections.Counter(d.values()).most_common(1)[0][0] for d in (rank, alpha))
-    exceptions = lambda d, usual: {names.literal(module[p]): v for p, v in d.items() if v != usual}  # noqa: E731
+    alpha = {
+        p: modules.plain_number(one.scales[0] * (math.sqrt(rank[p]) if root else rank[p])) for p, one in delta.items()
+    }
+    r, rank_pattern = modules.usual_and_exceptions(rank, module)
+    lora_alpha, alpha_pattern = modules.usual_and_exceptions(alpha, module)
     tied = any(names.tied_head(base.sites[p]) for p in delta)
     return {
         "r": r,
         "lora_alpha": lora_alpha,
-        "rank_pattern": exceptions(rank, r),
-        "alpha_pattern": exceptions(alpha, lora_alpha),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "use_rslora": root,
         "use_dora": spec["method"] == "dora",
         "lora_dropout": spec["dropout"],
@@ -84,12 +86,6 @@ def _tensors(one: LoRA, site: Any, module: str) -> dict[str, np.ndarray]:
         head = names.PREFIX + "lm_head"
         out[head + names.LINEAR[0]], out[head + names.LINEAR[1]] = b, a
     return out
-
-
-def _plain(value: float) -> float | int:
-    """An alpha as people write it: 16, not 16.0 or 15.999999."""
-    near = round(value, 6)
-    return int(near) if near == int(near) else near
 
 
 def read(config: Mapping, tensors: dict, base: Any, file: Path) -> tuple[Adapter, dict[str, Any]]:

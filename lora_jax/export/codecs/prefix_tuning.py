@@ -19,11 +19,6 @@ METHODS = ("prefix",)
 PREFIX = peft_virtual.MODULES
 
 
-def holds(spec: Mapping[str, Any]) -> bool:
-    """Whether the format has a place for such an adapter: a prefix on every layer."""
-    return spec["layers"] == "all"
-
-
 def write(adapter: Adapter, delta: Mapping[str, Any], base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Fields of the config and the keys and values.
 

@@ -19,7 +19,7 @@ from lora_jax.export import peft_modules as modules
 from lora_jax.export import peft_names as names
 from lora_jax.lift.weight import Axes
 
-TYPE, METHODS = "OFT", ("oft",)
+METHODS = ("oft",)
 KEY = ".oft_R.weight"
 _OFF = {"coft": (False,), "bias": ("none",), "fan_in_fan_out": (False,)}
 
@@ -31,14 +31,14 @@ def write(adapter: Adapter, delta: Mapping[str, OFT], base: Any) -> tuple[dict[s
       UserError: a stack of layers, an embedding, or blocks of which neither the size nor the number is one for all.
     """
     modules.check_plain(delta, OFT, base, "oft")
-    own, terms = modules.module_keys(delta, base), terms_of(adapter.spec["cayley"])
+    own, terms = names.module_keys(delta, base), terms_of(adapter.spec["cayley"])
     sign = 1 if terms else -1
     tensors = {names.PREFIX + own[p] + KEY: sign * np.asarray(one.q) for p, one in delta.items()}
     config = {
-        "peft_type": TYPE, **_blocks(delta, base), "block_share": adapter.spec["share_blocks"],
+        **_blocks(delta, base), "block_share": adapter.spec["share_blocks"],
         "use_cayley_neumann": bool(terms), "num_cayley_neumann_terms": terms or USUAL_TERMS,
         "coft": False, "bias": "none", "fan_in_fan_out": False, "module_dropout": 0.0, "init_weights": True,
-        "target_modules": sorted(own.values()),
+        "target_modules": names.targets(list(own.values()), base),
     }  # fmt: skip
     return config, tensors
 
@@ -74,11 +74,11 @@ def read(config: Mapping[str, Any], tensors: dict, base: Any, file: Path) -> tup
         size = _size(config, width, path, file)
         counts[path] = width // size
         shape = (1 if shared else counts[path], size * (size - 1) // 2)
-        q = modules.take(tensors, names.PREFIX + module + KEY, shape, file)
+        q = names.take(tensors, names.PREFIX + module + KEY, shape, file)
         delta[path] = OFT(q=jnp.asarray(q if terms else -q), axes=Axes.of(base.sites[path]), size=size, live=(True,))
     sizes = {path: one.size for path, one in delta.items()}
     adapter = get("oft")(
-        block_size=modules.uniform(sizes), targets=[modules.exact(p) for p in delta], share_blocks=shared,
+        block_size=names.uniform(sizes), targets=[names.exact(p) for p in delta], share_blocks=shared,
         cayley=f"neumann:{terms}" if terms else "exact",
     )  # fmt: skip
     return adapter, delta

@@ -13,7 +13,7 @@ from lora_jax.export import peft_modules as modules
 from lora_jax.export import peft_names as names
 from lora_jax.lift.weight import Axes
 
-TYPE, METHODS = "LOHA", ("loha",)
+METHODS = ("loha",)
 _OFF = {"use_effective_conv2d": (False,)}  # PEFT's dropouts act in training alone and are not carried over
 
 
@@ -25,7 +25,7 @@ def write(adapter: Adapter, delta: Mapping[str, LoHa], base: Any) -> tuple[dict[
     """
     del adapter
     modules.check_plain(delta, LoHa, base, "loha")
-    own = modules.module_keys(delta, base)
+    own = names.module_keys(delta, base)
     tensors = {}
     for path, one in delta.items():
         rank = one.ranks[0]
@@ -33,7 +33,7 @@ def write(adapter: Adapter, delta: Mapping[str, LoHa], base: Any) -> tuple[dict[
             key = f"{names.PREFIX}{own[path]}.hada_w{i}"
             tensors[key + "_a"] = np.asarray(b).reshape(b.shape[0], -1)[:rank].T
             tensors[key + "_b"] = np.asarray(a).reshape(-1, a.shape[-1])[:, :rank].T
-    return {"peft_type": TYPE, **modules.rank_fields(delta, own)}, tensors
+    return {**modules.rank_fields(delta, own, base)}, tensors
 
 
 def read(config: Mapping[str, Any], tensors: dict, base: Any, file: Path) -> tuple[Adapter, dict[str, LoHa]]:
@@ -51,13 +51,13 @@ def read(config: Mapping[str, Any], tensors: dict, base: Any, file: Path) -> tup
         key = names.PREFIX + module + ".hada_w"
         arrays: dict[str, Any] = {}
         for i, ours in (("1", ""), ("2", "2")):
-            b = modules.take(tensors, f"{key}{i}_a", (int(np.prod(fan_out)), rank), file).T
-            a = modules.take(tensors, f"{key}{i}_b", (rank, int(np.prod(fan_in))), file).T
+            b = names.take(tensors, f"{key}{i}_a", (int(np.prod(fan_out)), rank), file).T
+            a = names.take(tensors, f"{key}{i}_b", (rank, int(np.prod(fan_in))), file).T
             arrays["a" + ours] = jnp.asarray(a.reshape(*fan_in, rank))
             arrays["b" + ours] = jnp.asarray(b.reshape(rank, *fan_out))
         delta[path] = LoHa(**arrays, axes=Axes.of(site), ranks=(rank,), scales=(alphas[path] / rank,))
     ranks = {p: one.ranks[0] for p, one in delta.items()}
     adapter = get("loha")(
-        rank=modules.uniform(ranks), alpha=modules.uniform(alphas), targets=[modules.exact(p) for p in delta]
+        rank=names.uniform(ranks), alpha=names.uniform(alphas), targets=[names.exact(p) for p in delta]
     )
     return adapter, delta

@@ -18,7 +18,7 @@ from lora_jax.export import peft_modules as modules
 from lora_jax.export import peft_names as names
 from lora_jax.lift.weight import Axes
 
-TYPE, METHODS = "LOKR", ("lokr",)
+METHODS = ("lokr",)
 _OFF = {"use_effective_conv2d": (False,)}  # PEFT's dropouts act in training alone and are not carried over
 
 
@@ -29,7 +29,7 @@ def write(adapter: Adapter, delta: Mapping[str, LoKr], base: Any) -> tuple[dict[
       UserError: a stack of layers, or an embedding.
     """
     modules.check_plain(delta, LoKr, base, "lokr")
-    own = modules.module_keys(delta, base)
+    own = names.module_keys(delta, base)
     tensors = {}
     for path, one in delta.items():
         for i in "12":
@@ -39,7 +39,7 @@ def write(adapter: Adapter, delta: Mapping[str, LoKr], base: Any) -> tuple[dict[
                 if getattr(one, name) is not None:
                     tensors[key + suffix] = np.asarray(getattr(one, name)).T
     options = {name: adapter.spec[name] for name in ("decompose_factor", "decompose_both")}
-    return {"peft_type": TYPE, **options, "rank_dropout_scale": False, **modules.rank_fields(delta, own)}, tensors
+    return {**options, "rank_dropout_scale": False, **modules.rank_fields(delta, own, base)}, tensors
 
 
 def read(config: Mapping[str, Any], tensors: dict, base: Any, file: Path) -> tuple[Adapter, dict[str, LoKr]]:
@@ -66,7 +66,7 @@ def read(config: Mapping[str, Any], tensors: dict, base: Any, file: Path) -> tup
         delta[path] = LoKr(**arrays, axes=Axes.of(site), ranks=(rank,), scales=(alphas[path] / rank,))
     ranks = {p: one.ranks[0] for p, one in delta.items()}
     adapter = get("lokr")(
-        rank=modules.uniform(ranks), alpha=modules.uniform(alphas), targets=[modules.exact(p) for p in delta],
+        rank=names.uniform(ranks), alpha=names.uniform(alphas), targets=[names.exact(p) for p in delta],
         decompose_factor=factor, decompose_both=both,
     )  # fmt: skip
     return adapter, delta
@@ -78,5 +78,5 @@ def _matrix(tensors: dict, key: str, i: str, own: tuple[int, int], rank: int | N
     wanted = {"w" + i: (key, (n_out, n_in))}
     if rank is not None:
         wanted = {"b" + i: (key + "_a", (n_out, rank)), "a" + i: (key + "_b", (rank, n_in))}
-    got = {name: modules.take(tensors, k, shape, file) for name, (k, shape) in wanted.items()}
+    got = {name: names.take(tensors, k, shape, file) for name, (k, shape) in wanted.items()}
     return {name: jnp.asarray(np.ascontiguousarray(value.T)) for name, value in got.items()}
