@@ -10,7 +10,7 @@ from typing import Any
 from experiments import launch, shown, workdir
 from lora_jax import assess, records
 from lora_jax import config as config_lib
-from lora_jax.assemble import Parts, assemble, moments, save_adapter
+from lora_jax.assemble import Parts, assemble, save_adapter, start_data
 from lora_jax.lift import lift
 from lora_jax.settings import Config
 from lora_jax.train import fit, init_delta
@@ -23,7 +23,7 @@ def main() -> None:
     workdir.check(folder, cfg)
     shown.banner(folder)
     parts = assemble(config)
-    start = init_delta(parts.base, parts.adapter, config.seed, moments(config, parts))
+    start = init_delta(parts.base, parts.adapter, config.seed, start_data(config, parts))
     shown.selection(config, parts, start)
     fresh = not (folder / workdir.SUMMARY).exists()
     compare = fresh and config.generate.score > 0 and assess.can_write(parts.task)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax import adapters, data, export, models, saving, sharding, tasks, tiny
+from lora_jax import adapters, data, export, models, quant, saving, sharding, tasks, tiny
 from lora_jax.adapters import Adapter
 from lora_jax.errors import UserError
 from lora_jax.lift import input_moments
@@ -111,10 +111,28 @@ def make_adapter(config: Config, base: models.Base) -> Adapter:
     return adapters.get("chain")(adapter, head(targets=[re.escape(path) for path in rest]))
 
 
-def moments(config: Config, parts: Parts) -> dict[str, Any] | None:
-    """What an adapter that starts from data needs: the inputs of its sites over the first training examples."""
-    if not parts.adapter.moments:
-        return None
+def start_data(config: Config, parts: Parts) -> dict[str, Any] | None:
+    """What the adapter's `init` needs beside the base: `adapter.needs`."""
+    if parts.adapter.needs == "moments":
+        return _moments(config, parts)
+    if parts.adapter.needs == "residuals":
+        return _residuals(config, parts.base)
+    return None
+
+
+def _residuals(config: Config, base: models.Base) -> dict[str, Any]:
+    if not config.quant:
+        raise UserError(
+            "this adapter starts from what quantization takes away, but the base is not quantized: set quant=nf4 (or "
+            "another format), or choose another adapter.options.init"
+        )
+    path, model = model_path(config), config.model
+    dense = models.load_pretrained(path, dtype=model.dtype, num_labels=base.num_labels, seed=config.seed)
+    return quant.residuals(dense.variables, base.variables)
+
+
+def _moments(config: Config, parts: Parts) -> dict[str, Any]:
+    """The inputs of the adapter's sites over the first training examples."""
     records = parts.task.prepare(parts.splits["train"][:MOMENT_EXAMPLES])
     batches = data.Batches(
         [parts.task.encode(record) for record in records], batch_size=config.train.batch_size, seed=config.seed,
@@ -146,9 +164,11 @@ def _with_ids(arguments: Mapping[str, Any], base: models.Base) -> dict[str, Any]
 
 def _selected(adapter: Adapter, base: models.Base) -> set[str]:
     """Paths that an adapter takes; nothing is computed, unless its choice depends on data."""
-    if adapter.moments:
+    if adapter.needs:
         sites = base.sites
         even = {p: np.eye(math.prod(sites[p].dims(sites[p].fan_in))) for p in _linear(base)}
+        if adapter.needs == "residuals":
+            even = {p: np.zeros(sites[p].shape, np.float32) for p in _linear(base)}
         return set(adapter.init(jax.random.key(0), base.variables, sites, batch=even))
     return set(jax.eval_shape(lambda key, v: adapter.init(key, v, base.sites), jax.random.key(0), base.variables))
 

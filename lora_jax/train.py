@@ -36,10 +36,10 @@ class Summary(dict):
     delta: Any = None
 
 
-def init_delta(base: Any, adapter: Any, seed: int = 0, moments: Any = None) -> Any:
-    """The delta that a run with this seed starts from; `moments` for an adapter that starts from data."""
+def init_delta(base: Any, adapter: Any, seed: int = 0, given: Any = None) -> Any:
+    """The delta that a run with this seed starts from; `given` is what `adapter.needs`."""
     key = jax.random.fold_in(jax.random.key(seed), trees.stable_hash("init"))
-    return adapter.init(key, base.variables, base.sites, batch=moments)
+    return adapter.init(key, base.variables, base.sites, batch=given)
 
 
 def fit(

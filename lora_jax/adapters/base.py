@@ -47,7 +47,8 @@ class Adapter(NamedTuple):
       penalty: `delta -> scalar` added to the loss, or None.
       wrap: `optax transformation -> optax transformation`, or None: it sees the raw gradients and edits the updates.
       starts_as_base: whether the first output is promised to be the base's.
-      moments: whether `init` needs `batch`: `{path: (fan_in, fan_in) second moments of the site's input}`.
+      needs: what `init` needs as `batch`, a dictionary by site path: 'moments', second moments of the site's input
+        (`lj.input_moments`); 'residuals', what a quantized weight lost (`quant.residuals`); or '' for nothing.
     """
 
     init: Callable[..., Delta]
@@ -58,7 +59,7 @@ class Adapter(NamedTuple):
     penalty: Callable[[Delta], jax.Array] | None = None
     wrap: Callable[[Any], Any] | None = None
     starts_as_base: bool = True
-    moments: bool = False
+    needs: str = ""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -120,8 +121,8 @@ def per_site(
     Args:
       spec: the JSON that rebuilds it.
       choose: sites -> `{path: option}`, the selection and what it says about each site (a rank, flags, ...); with
-        `moments` it is called again with them and may choose otherwise.
-      make: (key folded with the path, base weight, site, option) -> entry; with `moments`, also the site's moments.
+        `needs` it is called again with that and may choose otherwise.
+      make: (key folded with the path, base weight, site, option) -> entry; with `needs`, the site's part of that too.
       weight: (base weight, entry, place) -> what stands at the site: an adapted weight or an array; or
         `{path: such}` where a method puts something elsewhere (at the layer's bias).
       trainable: entry -> the same entry with booleans; None: everything of a site trains, what is shared does not.
@@ -133,7 +134,7 @@ def per_site(
         leaves = trees.flatten(variables, is_leaf=is_adapted)
         chosen = choose(sites)
         check_paths(chosen, leaves)
-        seen = _moments(spec, chosen, batch) if more.get("moments") else {}
+        seen = _needed(spec, chosen, batch, more["needs"]) if more.get("needs") else {}
         chosen = choose(sites, batch) if seen else chosen
         extra = {} if share is None else share(trees.fold_path(key, SHARED), sites, chosen)
         delta = {SHARED + name: one for name, one in extra.items()}
@@ -176,12 +177,18 @@ def is_shared(path: str) -> bool:
     return path.startswith(SHARED)
 
 
-def _moments(spec: Mapping, chosen: Mapping[str, Any], batch: Any) -> dict[str, tuple]:
+_SOURCES = {
+    "moments": "the inputs of its sites: init(..., batch=lj.input_moments(function, variables, sites, paths, *args))",
+    "residuals": "what quantization took away: init(..., batch=quant.residuals(dense_variables, quantized_variables))",
+}
+
+
+def _needed(spec: Mapping, chosen: Mapping[str, Any], batch: Any, needs: str) -> dict[str, tuple]:
     missing = [path for path in chosen if path not in (batch or {})]
     if missing:
         raise UserError(
-            f"the method {spec['method']!r} starts from data: give init(..., batch=lj.input_moments(function, "
-            f"variables, paths, *args)); there are no moments for {missing[0]!r}"
+            f"the method {spec['method']!r} with these options starts from {_SOURCES[needs]}; there is nothing for "
+            f"{missing[0]!r}"
         )
     return {path: (batch[path],) for path in chosen}
 

@@ -102,8 +102,15 @@ def chain(*adapters: Adapter) -> Adapter:
         penalty=penalty if penalties else None,
         wrap=wrap if edited else None,
         starts_as_base=all(a.starts_as_base for a in adapters),
-        moments=any(a.moments for a in adapters),
+        needs=_needs(adapters),
     )  # fmt: skip
+
+
+def _needs(adapters: Sequence[Adapter]) -> str:
+    found = {a.needs for a in adapters} - {""}
+    if len(found) > 1:
+        raise UserError(f"a chain can start from one kind of data, not from {' and '.join(sorted(found))}")
+    return found.pop() if found else ""
 
 
 def members(adapter: Adapter, delta: Mapping[str, Any]) -> list[tuple[Adapter, dict[str, Any]]]:

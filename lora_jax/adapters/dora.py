@@ -35,7 +35,7 @@ from lora_jax.lift.nodes import LowRankWeight, dense
 from lora_jax.lift.products import Conv, Dot, Take, along
 from lora_jax.lift.weight import NotStructural, register
 
-INITS = tuple(name for name in inits.INITS if name not in inits.RESIDUAL + inits.DATA + ("orthogonal",))
+INITS = tuple(name for name in inits.INITS if name not in (*inits.RESIDUAL, *inits.DATA, "orthogonal"))
 
 
 @entry(meta=("ranks", "scales"))

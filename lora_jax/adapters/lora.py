@@ -105,7 +105,8 @@ def lora(
       scaling: 'alpha/r', 'alpha/sqrt(r)' (rsLoRA) or 'alpha'.
       init: 'default' (A uniform, B zero), 'gaussian' (A ~ N(0, 1/rank**2), B zero), 'a_zero' (A zero, B uniform),
         'orthogonal' (both non-zero, product zero), 'pissa', 'olora' (from the weight), 'eva' (from data: `init` needs
-        `batch`, and the ranks are shared out between sites by the variance they explain).
+        `batch`, and the ranks are shared out between sites by the variance they explain), 'loftq' (from what
+        quantization took away: `init` needs `batch`; the first output is nearer the dense base's).
       freeze_a: only B trains (LoRA-FA).
 
     Returns:
@@ -123,14 +124,14 @@ def lora(
         dropout=dropout, scaling=scaling, init=init, freeze_a=freeze_a,
     )  # fmt: skip
 
-    def choose(sites: Sites, moments: Mapping | None = None):
+    def choose(sites: Sites, given: Mapping | None = None):
         ranks = choose_ranks(
             sites, method="lora", targets=targets, layers=layers, rank=rank, alpha=alpha, scaling=scaling
         )
-        return ranks if moments is None else inits.share_out(ranks, moments, sites, scaling)
+        return ranks if given is None or init != "eva" else inits.share_out(ranks, given, sites, scaling)
 
-    def make(key, leaf, site, option, moments=None):
-        return start(key, leaf, site, option, init, moments)
+    def make(key, leaf, site, option, given=None):
+        return start(key, leaf, site, option, init, given)
 
     def weight(base, one, place):
         return LoRAWeight(
@@ -140,12 +141,13 @@ def lora(
 
     return per_site(
         spec, choose=choose, make=make, weight=weight,
-        trainable=only("b") if freeze_a else only("a", "b"), moments=init in inits.DATA,
+        trainable=only("b") if freeze_a else only("a", "b"),
+        needs=inits.DATA.get(init, ""), starts_as_base=init != "loftq",
     )  # fmt: skip
 
 
-def start(key: jax.Array, leaf: Any, site: Any, option: Any, init: str, moments: Any = None) -> LoRA:
+def start(key: jax.Array, leaf: Any, site: Any, option: Any, init: str, given: Any = None) -> LoRA:
     """One site's initial entry; also of methods that add to LoRA."""
-    at = inits.start_of(key, leaf, site, option, moments)
+    at = inits.start_of(key, leaf, site, option, given)
     ranks, scales = at.static()
     return LoRA(**inits.initial(at, init)._asdict(), axes=Axes.of(site), ranks=ranks, scales=scales)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax import trees
 from lora_jax.adapters.parts.ranks import default_targets
@@ -26,13 +27,28 @@ SHARED = ("base", "blocks", "product", "store", "table")  # files that are no fo
 
 __all__ = [
     "Format", "QuantizedWeight", "bits_per_weight", "dequantize", "formats", "get", "load", "options", "quantize",
-    "save", "summary",
+    "residuals", "save", "summary",
 ]  # fmt: skip
 
 
 def formats() -> list[str]:
     """Names of all formats."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in SHARED)
+
+
+def residuals(variables: Any, quantized: Any) -> dict[str, Any]:
+    """What quantization took away: `{path: weight - its quantized value}`, float32, for LoftQ's start.
+
+    Args:
+      variables: the dense weights.
+      quantized: the same after `quantize`.
+    """
+    dense = trees.flatten(variables)
+    return {
+        path: jnp.asarray(dense[path], jnp.float32) - leaf.dense().astype(jnp.float32)
+        for path, leaf in trees.flatten(quantized, is_leaf=is_adapted).items()
+        if is_adapted(leaf)
+    }
 
 
 def get(name: str) -> Callable[..., Format]:

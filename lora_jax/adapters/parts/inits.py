@@ -34,7 +34,7 @@ class Start:
       leaf: the base weight.
       ranks: (*batch,) integers.
       scales: (*batch,) floats.
-      moments: (n_in, n_in) second moments of the site's input, where the init asks for data.
+      given: what the init asks for beside the weight (`DATA`), or None.
     """
 
     key: Array
@@ -42,7 +42,7 @@ class Start:
     leaf: Any
     ranks: np.ndarray
     scales: np.ndarray
-    moments: Any = None
+    given: Any = None
 
     @property
     def r(self) -> int:
@@ -64,10 +64,10 @@ class Start:
         """Sizes of the fan_out axes."""
         return self.site.dims(self.site.fan_out)
 
-    def matrices(self) -> Array:
-        """The base weight as (*batch, n_in, n_out), float32."""
+    def matrices(self, weight: Any = None) -> Array:
+        """The base weight (or another of its shape) as (*batch, n_in, n_out), float32."""
         order = (*self.site.batch, *self.site.fan_in, *self.site.fan_out)
-        w = jnp.asarray(dense(self.leaf), jnp.float32).transpose(order)
+        w = jnp.asarray(dense(self.leaf) if weight is None else weight, jnp.float32).transpose(order)
         return w.reshape(*self.batch, math.prod(self.fan_in), math.prod(self.fan_out))
 
     def shaped(self, a: Array, b: Array) -> tuple[Array, Array]:
@@ -169,7 +169,12 @@ def _orthogonal(start: Start) -> tuple[Array, Array]:
 
 def _pissa(start: Start) -> tuple[Array, Array]:
     """The principal part of the weight (Meng, Wang, Zhang 2024, arXiv:2404.02948, eq. 2-3), divided by the scale."""
-    u, s, vt = jnp.linalg.svd(start.matrices(), full_matrices=False)
+    return _principal(start, start.matrices())
+
+
+def _principal(start: Start, matrices: Array) -> tuple[Array, Array]:
+    """Factors of the best approximation of that rank, divided by the scale, the singular values shared out evenly."""
+    u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
     scale = np.where(start.scales == 0, 1, start.scales)[..., None]
     root = jnp.sqrt(s[..., : start.r] / scale)
     return start.shaped(u[..., : start.r] * root[..., None, :], root[..., :, None] * vt[..., : start.r, :])
@@ -186,22 +191,28 @@ def _eva(start: Start) -> tuple[Array, Array]:
     """The directions that explain most of the site's input (Paischer et al. 2024, arXiv:2410.07170), B zero."""
     if start.batch:
         raise UserError(f"lora: init='eva' cannot start the stacked weight {start.site.path!r}; unroll the layers")
-    _, vectors = jnp.linalg.eigh(jnp.asarray(start.moments, jnp.float32))
+    _, vectors = jnp.linalg.eigh(jnp.asarray(start.given, jnp.float32))
     return start.shaped(vectors[:, ::-1][:, : start.r], jnp.zeros((start.r, math.prod(start.fan_out))))
+
+
+def _loftq(start: Start) -> tuple[Array, Array]:
+    """The principal part of what quantization took away (Li, Yu, Liang, He, Karampatziakis, Chen, Zhao 2023,
+    arXiv:2310.08659, algorithm 1 with one step: further ones would change the quantized base, which others share)."""
+    return _principal(start, start.matrices(start.given))
 
 
 INITS: dict[str, Callable[[Start], Any]] = {
     "default": _default, "gaussian": _gaussian, "a_zero": _a_zero, "orthogonal": _orthogonal,
-    "pissa": _pissa, "olora": _olora, "eva": _eva,
+    "pissa": _pissa, "olora": _olora, "eva": _eva, "loftq": _loftq,
 }  # fmt: skip
 RESIDUAL = ("pissa", "olora")  # start away from zero: their first update is subtracted
-DATA = ("eva",)  # need moments
+DATA = {"eva": "moments", "loftq": "residuals"}  # what else they start from
 
 
-def start_of(key: Array, leaf: Any, site: Site, option: Ranks, moments: Any = None) -> Start:
+def start_of(key: Array, leaf: Any, site: Site, option: Ranks, given: Any = None) -> Start:
     """Spreads one rank and scale per layer over all batch axes."""
     ranks, scales = option
-    return Start(key, site, leaf, per_batch(ranks, site), per_batch(scales, site), moments)
+    return Start(key, site, leaf, per_batch(ranks, site), per_batch(scales, site), given)
 
 
 def share_out(ranks: Mapping[str, Ranks], moments: Mapping[str, Any], sites: Sites, scaling: str) -> dict[str, Ranks]:
