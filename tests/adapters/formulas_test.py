@@ -26,7 +26,7 @@ def gelu(x):
 
 
 def layer(v, x):
-    return x @ v["w"] + v["b"] if "b" in v else x @ v["w"]
+    return x @ v["w"] + v["b"].reshape(1, -1) if "b" in v else x @ v["w"]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -102,7 +102,8 @@ def test_bitfit_gives_a_bias_to_a_model_without_any():
     adapter = lj.bitfit()
     delta = moved(adapter, adapter.init(jax.random.key(0), variables, sites))
     assert set(delta) == {"w", "v"}
-    expected = np.tanh(x @ variables["w"] + delta["w"].value) @ variables["v"] + delta["v"].value
+    x_, w, v, new_w, new_v = map(np.asarray, (x, variables["w"], variables["v"], delta["w"].value, delta["v"].value))
+    expected = np.tanh(x_ @ w + new_w) @ v + new_v
     close(run(function, adapter, delta, variables, x), np.asarray(expected), 1e-5)
     with pytest.raises(UserError, match="no dense value"):
         adapter.merge(variables, delta)
@@ -124,7 +125,8 @@ def test_dora_is_magnitude_times_direction():
     delta = moved(adapter, adapter.init(jax.random.key(0), variables, sites))
     one = jax.tree.map(np.float64, delta["w"])
     whole = np.float64(variables["w"]) + 1.5 * one.a @ one.b
-    expected = x @ (one.magnitude * whole / np.linalg.norm(whole, axis=0)) + variables["b"]
+    direction = whole / np.linalg.norm(whole, axis=0)
+    expected = np.float64(x) @ (one.magnitude * direction) + np.float64(variables["b"])
     close(run(layer, adapter, delta, variables, x), np.asarray(expected, np.float32), 1e-5)
     assert adapter.trainable(delta)["w"].norm2 is False, "the norm of the frozen weight is stored, not trained"
 
@@ -147,7 +149,8 @@ def test_ia3_rescales_the_output_with_its_bias_or_the_input():
         adapter = lj.ia3(targets="w", feedforward=feedforward)
         delta = moved(adapter, adapter.init(jax.random.key(0), variables, sites))
         one = delta["w"]
-        expected = layer(variables, x) * one.out if feedforward == "none" else layer(variables, x * one.into)
+        y = np.asarray(layer(variables, x))
+        expected = y * one.out[None] if feedforward == "none" else layer(variables, x * one.into[None])
         close(run(layer, adapter, delta, variables, x), np.asarray(expected), 1e-5)
         close(layer(adapter.merge(variables, delta), x), np.asarray(expected), 1e-5)
 
@@ -160,7 +163,7 @@ def test_ia3_and_a_trained_bias_in_one_chain():
     for pair in (parts, parts[::-1]):
         chain = lj.chain(*pair)
         delta = moved(chain, chain.init(jax.random.key(0), variables, sites))
-        expected = (x @ variables["w"] + delta["b"].value) * delta["w"].out
+        expected = (np.asarray(x @ variables["w"]) + np.asarray(delta["b"].value)) * np.asarray(delta["w"].out)
         close(run(layer, chain, delta, variables, x), np.asarray(expected), 1e-5)
 
 
@@ -169,7 +172,7 @@ def test_vera_shares_its_projections():
     adapter = lj.vera(4)
     delta = moved(adapter, adapter.init(jax.random.key(0), site.variables, site.sites))
     shared, one = delta["@vera"], delta["layers_1/kernel"]
-    update = (shared.a * one.lambda_d) @ shared.b * one.lambda_b
+    update = (shared.a * one.lambda_d[None]) @ shared.b * one.lambda_b[None]
     merged = adapter.merge(site.variables, delta)["params"]["layers_1"]["kernel"]
     close(merged - site.variables["params"]["layers_1"]["kernel"], np.asarray(update), 1e-5)
     mask = adapter.trainable(delta)

@@ -82,7 +82,7 @@ def test_eva_starts_from_the_data_and_shares_out_the_ranks():
     close(X @ directions @ directions.T, X, 1e-4)
     assert delta["layers_0/kernel"].scales == (6 / 2,)
     assert furthest(lj.lift(mlp)(adapter.bind(VARIABLES, delta), X), mlp(VARIABLES, X)) < 1e-6
-    with pytest.raises(UserError, match=r"starts from data: give init\(..., batch=lj.input_moments"):
+    with pytest.raises(UserError, match=r"starts from the inputs of its sites: init\(..., batch=lj.input_moments"):
         adapter.init(jax.random.key(0), VARIABLES, sites)
 
 
