@@ -18,6 +18,7 @@ from lora_jax.errors import UserError, did_you_mean
 
 FORMATS = ("peft", "hf")
 FORMAT = flags.DEFINE_string("format", None, "peft: the adapter alone; hf: merged into the checkpoint.")
+VLLM = flags.DEFINE_bool("vllm_compatible", False, "peft: one rank, no scales; refuse what vLLM cannot serve.")
 OUT = flags.DEFINE_string("out", None, "The directory to write; must be empty or absent.")
 
 
@@ -25,6 +26,8 @@ def main() -> None:
     folder = workdir.path()
     if FORMAT.value not in FORMATS:
         raise UserError(f"--format={FORMAT.value or ''}: {did_you_mean(FORMAT.value or '', FORMATS)}")
+    if VLLM.value and FORMAT.value != "peft":
+        raise UserError("--vllm_compatible goes with --format=peft; a merged checkpoint needs no adapter support")
     if not OUT.value:
         raise UserError("--out=DIR is needed: the directory to write")
     out = Path(OUT.value)
@@ -35,7 +38,7 @@ def main() -> None:
     parts = assemble(config_lib.resolve(cfg))
     adapter, delta = load_adapter(folder / workdir.ADAPTER, parts.base)
     if FORMAT.value == "peft":
-        export.save_peft(out, adapter, delta, parts.base)
+        export.save_peft(out, adapter, delta, parts.base, vllm_compatible=VLLM.value)
     else:
         merged = export.merge(adapter, delta, parts.base.variables)
         models.save_pretrained(out, parts.base, quant.dequantize(merged))

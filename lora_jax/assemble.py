@@ -138,7 +138,7 @@ def _moments(config: Config, parts: Parts) -> dict[str, Any]:
         [parts.task.encode(record) for record in records], batch_size=config.train.batch_size, seed=config.seed,
         max_length=config.data.max_length,
     )  # fmt: skip
-    paths = [p for p in _linear(parts.base) if p in _selected(parts.adapter, parts.base)]
+    paths = _linear(parts.base)  # how the ranks are shared out decides which of them are adapted
     total: dict[str, Any] = {}
     for batch in batches.in_order():
         inputs = parts.task.inputs(batch)

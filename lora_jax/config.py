@@ -34,9 +34,7 @@ def default() -> ConfigDict:
     cfg.model.dtype = "float32"  # of the frozen base: float32, bfloat16 or float16
     cfg.model.dropout = placeholder(float)  # unset: the checkpoint's own
 
-    cfg.quant = (
-        ""  # number format of the frozen base, a file of lora_jax/quant: nf4 (QLoRA), fp4, int8, int4; '' is none
-    )
+    cfg.quant = ""  # number format of the frozen base, a file of lora_jax/quant: nf4 (QLoRA), fp4, int8, int4
 
     cfg.data = ConfigDict()
     cfg.data.path = ""  # directory of train/dev/test.jsonl, one file, or hub id; '' is the embedded second domain

@@ -4,7 +4,9 @@ import jax
 import pytest
 
 from lora_jax import adapters, assemble, config
+from lora_jax.errors import UserError
 from lora_jax.models import from_config
+from lora_jax.train import init_delta
 from tests import commands
 
 
@@ -51,3 +53,27 @@ def test_targets_written_as_one_string_are_several(classifier):
 def test_every_method_can_be_chosen_by_name(classifier, name):
     if name != "chain":
         assert chosen(classifier, method=name)
+
+
+def started(**overrides):
+    """(delta, parts) of a run of the embedded default with some fields of `adapter.options` and `quant` set."""
+    cfg = config.default()
+    cfg.task.name, cfg.data.limit, cfg.quant = "sft", 24, overrides.pop("quant", "")
+    cfg.adapter.options.update(overrides)
+    parts = assemble.assemble(resolved := config.resolve(cfg))
+    return init_delta(parts.base, parts.adapter, 0, assemble.start_data(resolved, parts)), parts
+
+
+def test_eva_looks_at_training_examples():
+    """Ranks follow the data: not the same everywhere, the same in total."""
+    delta, parts = started(init="eva")
+    ranks = [one.ranks[0] for one in delta.values()]
+    linear = [p for p, s in parts.base.sites.items() if set(s.uses) == {"linear"}]
+    assert len(set(ranks)) > 1 and sum(ranks) == 8 * len(linear)
+
+
+def test_loftq_starts_from_what_quantization_took_away():
+    delta, parts = started(init="loftq", quant="nf4")
+    assert all(float(abs(one.b).max()) > 0 for one in delta.values())
+    with pytest.raises(UserError, match="the base is not quantized: set quant=nf4"):
+        started(init="loftq")
