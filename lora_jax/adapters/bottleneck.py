@@ -76,6 +76,10 @@ class Bottleneck(Entry):
         "up": ("batch", "size", "fan_out"), "down_bias": ("batch", "size"), "up_bias": ("batch", "fan_out"),
     }  # fmt: skip
 
+    def about(self) -> str:
+        """For the audit."""
+        return f"bottleneck, size {self.down_bias.shape[-1]}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BottleneckWeight(OutputWeight):

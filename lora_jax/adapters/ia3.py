@@ -44,6 +44,10 @@ class IA3(Entry):
     member: str = ""
     layout: ClassVar = {"into": ("batch", "fan_in"), "out": ("batch", "fan_out")}
 
+    def about(self) -> str:
+        """For the audit."""
+        return f"ia3, of the {'output' if self.into is None else 'input'}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IA3Weight(AdaptedWeight):
