@@ -18,6 +18,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from lora_jax import config as config_lib
+from lora_jax.ablation.grid import Grid, from_sweep
 from lora_jax.errors import UserError, nearest
 from lora_jax.stopping import Diverged, Interrupted
 
@@ -96,18 +97,8 @@ def load(spec: str) -> ConfigDict:
       UserError: no such file, or the file fails; the message has the file and line.
     """
     path, colon, argument = spec.partition(":")
-    file = Path(path)
-    if not file.is_file():
-        around = [str(p) for folder in {file.parent, Path("configs")} if folder.is_dir() for p in folder.rglob("*.py")]
-        hint = (
-            f"did you mean {nearest(path, around, 1)[0]!r}?" if around else "run the command from the repository's root"
-        )
-        raise UserError(f"--config={spec}: there is no file {path!r}; {hint}")
     try:
-        module_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        get_config = _get_config(module, path, colon, argument)
+        get_config = _get_config(_run_file(spec), path, colon, argument)
         cfg = get_config(argument) if colon else get_config()
     except Exception as error:
         raise UserError(_config_failed(path, error)) from error
@@ -116,6 +107,45 @@ def load(spec: str) -> ConfigDict:
             f"--config={spec}: get_config() returned {type(cfg).__name__}, expected a ConfigDict; did you `return cfg`?"
         )
     return cfg
+
+
+def load_sweep(spec: str, cfg: ConfigDict) -> Grid:
+    """Runs `sweep` of an ablation's config file.
+
+    Args:
+      spec: as for `load`.
+      cfg: the file's config with the command line's changes; goes to a `sweep(cfg)` that takes it.
+
+    Raises:
+      UserError: no such file, no grid in it, or the file fails; the message has the file and line.
+    """
+    path = spec.partition(":")[0]
+    try:
+        module = _run_file(spec)
+        if not hasattr(module, "sweep"):
+            raise UserError(
+                f"{path}: the file has no function sweep(), so there is nothing to compare; write one (see "
+                "configs/ablations/rank.py), or train it alone with experiments.train"
+            )
+        return from_sweep(module.sweep, cfg)
+    except Exception as error:
+        raise UserError(_config_failed(path, error)) from error
+
+
+def _run_file(spec: str) -> Any:
+    """The module of a config file."""
+    path = spec.partition(":")[0]
+    file = Path(path)
+    if not file.is_file():
+        around = [str(p) for folder in {file.parent, Path("configs")} if folder.is_dir() for p in folder.rglob("*.py")]
+        hint = (
+            f"did you mean {nearest(path, around, 1)[0]!r}?" if around else "run the command from the repository's root"
+        )
+        raise UserError(f"--config={spec}: there is no file {path!r}; {hint}")
+    module_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
 
 
 def _get_config(module: Any, path: str, colon: str, argument: str) -> Callable[..., Any]:

@@ -10,13 +10,12 @@ from ml_collections import ConfigDict
 from lora_jax import config as config_lib
 from lora_jax import records
 from lora_jax.errors import UserError, nearest
+from lora_jax.settings import SHOWN
 
 CONFIG = "config.json"
 MANIFEST = "manifest.json"
 SUMMARY = "summary.json"
 ADAPTER = "adapter"
-# What may change between two starts of one run: what is shown and kept, not what is computed.
-SHOWN = ("log.", "generate.", "train.log_every", "train.checkpoint_every", "train.keep")
 # What may change when a finished run is looked at: where things are, how much is read, how fast.
 MOVED = (*SHOWN, "model.path", "model.dtype", "data.path", "data.limit", "mesh.", "train.eval_batch_size")
 

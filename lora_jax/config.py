@@ -165,6 +165,51 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
     return cfg
 
 
+def variant(
+    cfg: ConfigDict, changes: Mapping[str, Any], overrides: Collection[str] = ()
+) -> tuple[dict[str, Any], Config]:
+    """A config with some fields changed, `cfg` itself untouched.
+
+    Args:
+      cfg: `default()` with changes.
+      changes: `{dotted name: value}`, as an arm of a sweep sets them; None unsets a field that may be unset.
+      overrides: dotted names of fields that the command line set; those of `changes` count too.
+
+    Returns:
+      (nested plain values, resolved config); the values resolve to the same config without overrides, save for notes
+      on options of another method, which are not among them.
+
+    Raises:
+      UserError: an unknown field, a section in place of a field, a value of the wrong type or out of range.
+    """
+    new = from_dict(cfg.to_dict())
+    for path, value in changes.items():
+        section, _, name = path.rpartition(".")
+        if section not in FREE:
+            _check_settable(path)
+            _check_type(path, value)
+        parent = new
+        for part in filter(None, section.split(".")):
+            parent = parent[part]
+        parent[name] = value
+    config = resolve(new, {*overrides, *changes})
+    values = new.to_dict()
+    # Without the overrides nobody could tell any more which of steps and epochs had won, or whose an option is.
+    values["train"] |= {"steps": config.train.steps, "epochs": config.train.epochs}
+    options = values["adapter"]["options"]
+    values["adapter"]["options"] = {name: value for name, value in options.items() if name in config.adapter.arguments}
+    return values, config
+
+
+def _check_settable(path: str) -> None:
+    """Raises for a whole section; an unknown name is told by `_check_type`."""
+    inside = [name for name in fields() if name.startswith(path + ".")]
+    if inside or path in FREE:
+        raise UserError(
+            f"{path} is a section; set one of its fields, such as {inside[0] if inside else path + '.NAME'}"
+        )
+
+
 def unknown_field(path: str) -> str:
     """The message for a field that no config has: the nearest name, and what its section holds."""
     section = path.rpartition(".")[0]

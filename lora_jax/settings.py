@@ -14,7 +14,7 @@ from typing import Any
 from lora_jax import adapters, quant, tasks
 from lora_jax.errors import UserError, did_you_mean
 from lora_jax.sites import parse_layers, parse_patterns
-from lora_jax.train_settings import TrainSettings
+from lora_jax.train_settings import SHOWN_ONLY, TrainSettings
 
 COMMON = (
     "rank",
@@ -22,6 +22,8 @@ COMMON = (
     "targets",
     "layers",
 )  # fields of `adapter` itself; any other parameter of a method is an option
+# Beginnings of the fields that change what is shown and kept, not what is computed.
+SHOWN = ("log.", "generate.", *(f"train.{name}" for name in SHOWN_ONLY))
 DEFAULT = "default"  # in `adapter`: the method's own value, as if unset
 
 

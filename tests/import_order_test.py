@@ -43,6 +43,7 @@ ORDER = [
     ["assemble"],
     ["assess"],
     ["config"],
+    ["ablation"],
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 # Inside these folders each file is one method, family or objective; what several need has one of these names.
