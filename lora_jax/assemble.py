@@ -46,9 +46,7 @@ def assemble(config: Config, *, need: tuple[str, ...] = ("train", "dev")) -> Par
     mesh = make_mesh(config)
     sharding.check_batch(mesh, config.train.batch_size, accumulate=config.train.accumulate)
     splits = load_data(config, need)
-    tokenizer = files.load_tokenizer(files.find(model_path(config)))
-    make = tasks.get(config.task.name)
-    task = make(tokenizer=tokenizer, max_length=config.data.max_length, splits=splits, **config.task.options)
+    task = make_task(config, splits)
     base = load_base(config, len(task.labels) if task.labels else None)
     return Parts(base, task, splits, make_adapter(config, base), mesh)
 
@@ -78,6 +76,13 @@ def load_data(config: Config, need: tuple[str, ...]) -> data.Splits:
         if path in str(error):
             raise
         raise UserError(f"data.path={path}: {error}") from None
+
+
+def make_task(config: Config, splits: data.Splits) -> Any:
+    """The task, with the tokenizer of the config's model."""
+    tokenizer = files.load_tokenizer(files.find(model_path(config)))
+    make = tasks.get(config.task.name)
+    return make(tokenizer=tokenizer, max_length=config.data.max_length, splits=splits, **config.task.options)
 
 
 def load_base(config: Config, num_labels: int | None = None) -> models.Base:
@@ -163,14 +168,22 @@ def _with_ids(arguments: Mapping[str, Any], base: models.Base) -> dict[str, Any]
 
 
 def _selected(adapter: Adapter, base: models.Base) -> set[str]:
-    """Paths that an adapter takes; nothing is computed, unless its choice depends on data."""
-    if adapter.needs:
-        sites = base.sites
+    """Paths that an adapter takes."""
+    return set(delta_shapes(adapter, base))
+
+
+def delta_shapes(adapter: Adapter, base: models.Base) -> dict[str, Any]:
+    """The delta that `adapter.init` would make, shapes in place of arrays; the base may be an outline.
+
+    What an adapter needs beside the base is taken to be featureless: even moments, residuals of zero.
+    """
+    sites, even = base.sites, None
+    if adapter.needs == "moments":
         even = {p: np.eye(math.prod(sites[p].dims(sites[p].fan_in))) for p in _linear(base)}
-        if adapter.needs == "residuals":
-            even = {p: np.zeros(sites[p].shape, np.float32) for p in _linear(base)}
-        return set(adapter.init(jax.random.key(0), base.variables, sites, batch=even))
-    return set(jax.eval_shape(lambda key, v: adapter.init(key, v, base.sites), jax.random.key(0), base.variables))
+    if adapter.needs == "residuals":
+        even = {p: np.zeros(sites[p].shape, np.float32) for p in _linear(base)}
+    init = lambda key, v: adapter.init(key, v, sites, batch=even)  # noqa: E731
+    return jax.eval_shape(init, jax.random.key(0), base.variables)
 
 
 def save_adapter(folder: Path, parts: Parts, delta: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -48,15 +49,46 @@ def load_pretrained(
       UserError: no such directory, no config or weights in it, a damaged file, an unknown model_type, an option or a
         tensor that does not fit.
     """
+    folder, raw, family, config = _described(path, num_labels, dropout)
+    kind = bases.check_dtype(dtype)
+    flat = _read(folder, family, config, kind, seed)
+    return _base(folder, raw, family, config, kind, flat)
+
+
+def outline(
+    path: str | os.PathLike, dtype: str = "float32", num_labels: int | None = None, dropout: float | None = None
+) -> Base:
+    """A base as of `load_pretrained` with shapes (`jax.ShapeDtypeStruct`) in place of weights; reads config.json alone.
+
+    For whatever only needs shapes: `sites`, an adapter's `init` and `apply` under `jax.eval_shape`.
+
+    Args:
+      path, dtype, num_labels, dropout: as for `load_pretrained`.
+
+    Raises:
+      UserError: no such directory, no config in it, an unknown model_type or option.
+    """
+    folder, raw, family, config = _described(path, num_labels, dropout)
+    kind = bases.check_dtype(dtype)
+    flat = {p: jax.ShapeDtypeStruct(shape, kind) for p, shape in bases.shapes(family, config).items()}
+    return _base(folder, raw, family, config, kind, flat)
+
+
+def _described(
+    path: str | os.PathLike, num_labels: int | None, dropout: float | None
+) -> tuple[Path, dict[str, Any], ModuleType, Any]:
+    """(directory, config.json, family, its config)."""
     folder = files.find(path)
     raw = files.read_json(folder, files.CONFIG)
-    kind = bases.check_dtype(dtype)
     try:
         family = registry.get(raw.get("model_type"))
         config = bases.configure(family.Config.from_hf(raw), num_labels, dropout)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    flat = _read(folder, family, config, kind, seed)
+    return folder, raw, family, config
+
+
+def _base(folder: Path, raw: dict[str, Any], family: ModuleType, config: Any, kind: Any, flat: Mapping) -> Base:
     return Base(
         config=config,
         variables=bases.nest(flat),

@@ -1,0 +1,31 @@
+r"""Which method is best when each gets the same search for its learning rate?
+
+    python -m experiments.ablate --config=configs/ablations/methods.py --workdir=runs/methods \
+        --config.data.path=DIR/sst2
+
+Every method of `lora_jax/adapters/` with its own defaults and the head beside it; `head` alone and `full` are the two
+baselines. Four learning rates and three seeds each. Methods differ in trainable parameters, so look at the metric
+against them too; where a method's best learning rate is at the edge of the search, the search was too narrow for it.
+DIR/sst2 holds train/dev/test.jsonl with `text` and `label`.
+
+Result: not run yet.
+"""
+
+from configs import sst2_minilm
+from lora_jax import methods
+from lora_jax.ablation import axis, product
+
+
+def get_config():
+    cfg = sst2_minilm.get_config()
+    for field in ("rank", "alpha", "targets"):
+        cfg.adapter[field] = "default"
+    return cfg
+
+
+def sweep():
+    return product(
+        axis("adapter.method", [name for name in methods() if name != "chain"]),
+        axis("train.learning_rate", [3e-4, 1e-3, 3e-3, 1e-2]),
+        axis("seed", range(3)),
+    )

@@ -1,0 +1,114 @@
+"""What every arm of an ablation costs, before anything trains: the work of `--dry_run`, and what a planner packs by.
+
+Data and config.json are read, no weights. Arms that are alike in what shapes depend on share the work.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import models
+from lora_jax.ablation.arms import Arm
+from lora_jax.ablation.cost import Cost, estimate
+from lora_jax.assemble import load_data, make_adapter, make_task, model_path
+from lora_jax.data import Batches
+from lora_jax.records import plain
+from lora_jax.settings import Adapter, Config, Data, Model, Task
+
+LOOKED_AT = 64  # batches whose lengths stand for those of a run
+
+
+def survey(arms: Sequence[Arm]) -> list[Cost]:
+    """What each arm costs.
+
+    Raises:
+      UserError: whatever is wrong with an arm's data, model or adapter.
+    """
+    known: dict[str, Any] = {}
+    return [_of_arm(known, arm.config) for arm in arms]
+
+
+def table(arms: Sequence[Arm], costs: Sequence[Cost]) -> str:
+    """One line an arm, and the sum of what all of them will compute."""
+    head = ("arm", "label", "trainable", "adapter MB", "optimizer MB", "peak MB", "GFLOP a step", "TFLOP a run")
+    rows = [
+        (
+            arm.id, arm.label, f"{cost.trainable_params:,}", f"{cost.delta_bytes / 1e6:.1f}",
+            f"{cost.slot_bytes / 1e6:.1f}", f"{cost.peak_bytes / 1e6:,.0f}", f"{cost.step_flops / 1e9:,.1f}",
+            f"{cost.run_flops / 1e12:,.1f}",
+        )
+        for arm, cost in zip(arms, costs, strict=True)
+    ]  # fmt: skip
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    pad = lambda i, cell: cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i])  # noqa: E731
+    lines = ["  ".join(pad(i, cell) for i, cell in enumerate(row)).rstrip() for row in [head, *rows]]
+    total = sum(cost.run_flops for cost in costs) / 1e12
+    return "\n".join([*lines, f"{len(rows)} arms, {total:,.1f} TFLOP in all; estimates, peak memory of one arm alone"])
+
+
+def _of_arm(known: dict[str, Any], config: Config) -> Cost:
+    """The cost of a config; `known` keeps what other arms can use."""
+    train = config.train
+    model = (config.model, model_path(config))
+    records = (config.data, config.task, model_path(config))
+    rows = (*records, train.batch_size, train.packing, train.buckets)
+    task, splits = _once(known, ("data", *records), _data, config)
+    batches = _once(known, ("batches", *rows), _batches, config, task, splits)
+    base = _once(known, ("base", *model, task.labels), _outline, config, task.labels)
+    # No shape depends on the seed, the learning rate and the like.
+    method = (config.adapter, config.quant, train.lora_plus_ratio)
+    shape = (*rows, *model, *method, train.accumulate, train.steps, train.epochs)
+    return _once(known, ("cost", *shape), _of_config, config, base, task, batches)
+
+
+def _of_config(config: Config, base: Any, task: Any, batches: Batches) -> Cost:
+    longest, first = max(batches.lengths), batches[0]
+    looked = [batches[i]["tokens"].shape[1] for i in range(min(batches.steps_per_epoch, LOOKED_AT))]
+    return estimate(
+        base,
+        make_adapter(config, base),
+        task,
+        config.train,
+        {name: _of_length(x, first["tokens"].shape, longest) for name, x in first.items()},
+        steps=config.train.total(batches.steps_per_epoch),
+        fill=float(np.mean(looked)) / longest,
+        quantized=config.quant,
+    )
+
+
+def _data(config: Config) -> tuple[Any, Any]:
+    splits = load_data(config, ("train",))
+    return make_task(config, splits), splits
+
+
+def _batches(config: Config, task: Any, splits: Any) -> Batches:
+    return Batches(
+        [task.encode(record) for record in task.prepare(splits["train"])],
+        batch_size=config.train.batch_size,
+        max_length=config.data.max_length,
+        packing=config.train.packing,
+        buckets=config.train.buckets,
+    )
+
+
+def _outline(config: Config, labels: Sequence[str] | None) -> Any:
+    model = config.model
+    return models.outline(model_path(config), model.dtype, len(labels) if labels else None, model.dropout)
+
+
+def _once(known: dict[str, Any], key: Sequence[Any], make: Callable[..., Any], *args: Any) -> Any:
+    """`make(*args)`, unless the same key made it before."""
+    parts = [dataclasses.asdict(k) if isinstance(k, (Adapter, Data, Model, Task)) else k for k in key]
+    name = json.dumps(plain(parts))
+    if name not in known:
+        known[name] = make(*args)
+    return known[name]
+
+
+def _of_length(x: Any, tokens: tuple[int, ...], length: int) -> jax.ShapeDtypeStruct:
+    """The shape of one array of a batch, were its rows of this length."""
+    return jax.ShapeDtypeStruct((tokens[0], length) if x.shape == tokens else x.shape, x.dtype)
