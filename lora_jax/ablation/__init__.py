@@ -1,4 +1,4 @@
-"""Ablations: a grid of overrides, its arms, what each of them costs, and equal budgets.
+"""Ablations: a grid of overrides, its arms, their cost, equal budgets; results, statistics over seeds, figures.
 
 from lora_jax.ablation import axis, product, zipped, chain
 
