@@ -21,7 +21,12 @@ from lora_jax.errors import UserError
 
 Row = dict[str, Any]
 
-TEXT = ("arm", "label", "status", "reason")  # text as it stands, never a number: an arm's id may be 12345678 or 1e567890
+TEXT = (
+    "arm",
+    "label",
+    "status",
+    "reason",
+)  # text as it stands, never a number: an arm's id may be 12345678 or 1e567890
 FIRST = ("arm", "label", "status", "reason")
 SIZE = ("trainable_params",)
 COST = ("seconds", "tokens_per_second", "peak_memory_mb")

@@ -45,7 +45,9 @@ def test_nan_reads_back_as_nan(tmp_path):
 
 
 def test_an_arm_of_digits_stays_a_text_without_quotes(tmp_path):
-    results.write_results(tmp_path / "r.csv", [{"arm": "1e567890", "status": "failed", "reason": "NaN at step 3\n\ud800"}])
+    results.write_results(
+        tmp_path / "r.csv", [{"arm": "1e567890", "status": "failed", "reason": "NaN at step 3\n\ud800"}]
+    )
     with open(tmp_path / "r.csv", newline="") as file:
         assert next(csv.DictReader(file))["arm"] == "1e567890"
     [row] = results.read_results(tmp_path / "r.csv")
