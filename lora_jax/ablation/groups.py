@@ -1,7 +1,7 @@
 """Rows of arms -> groups that differ in more than the seed -> comparisons -> `groups.csv`.
 
-Only arms with the status 'done' and a finite metric count. The others are named in `left_out`, and a verdict says how many
-they were: an arm that diverged is a finding about its configuration, not about the mean of those that did not.
+Only arms with the status 'done' and a finite metric count. The others are named in `left_out`, and a verdict says how
+many they were: an arm that diverged is a finding about its configuration, not about the mean of those that did not.
 """
 
 import math

@@ -53,8 +53,8 @@ def _check(first: Sequence[Line], second: Sequence[Line]) -> None:
         for name in SAME:
             if a.get(name) != b.get(name):
                 raise UserError(
-                    f"line {i} has the {name} {a.get(name)!r} in one file and {b.get(name)!r} in the other: they must be "
-                    "predictions of one split of one data set"
+                    f"line {i} has the {name} {a.get(name)!r} in one file and {b.get(name)!r} in the other: they must "
+                    "be predictions of one split of one data set"
                 )
 
 
@@ -90,7 +90,7 @@ def _pairs(lines: Sequence[Line], number: Mapping[str, int]) -> np.ndarray:
 
 
 def macro_f1(classes: int) -> Callable[[np.ndarray], float]:
-    """(N, 2) labels and guesses -> mean over classes of 2 TP / (true + guessed); a class that is in neither counts 0."""
+    """(N, 2) labels and guesses -> mean over classes of 2 TP / (true + guessed); a class in neither counts 0."""
 
     def metric(x: np.ndarray) -> float:
         true, guessed = (np.bincount(x[:, i], minlength=classes) for i in (0, 1))

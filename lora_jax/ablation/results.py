@@ -1,9 +1,9 @@
 """`results.csv`: one row per arm, always whole on disk, and read back as it was written.
 
-A row is a flat dictionary: `arm`, `status` ('done', or why there are no numbers: 'failed', ...), `reason`, one entry per
-axis under its dotted name, `trainable_params`, metrics as `dev.accuracy`, then costs. Any other column is kept. A CSV file
-has no types, so a value is written such that reading tells its type: numbers by `repr` (every bit of a float), None as an
-empty field, lists as JSON, and a text that would read as something else ("4", "nan") as a JSON string.
+A row is a flat dictionary: `arm`, `status` ('done', or why there are no numbers: 'failed', ...), `reason`, one entry
+per axis under its dotted name, `trainable_params`, metrics as `dev.accuracy`, then costs. Any other column is kept. A
+CSV file has no types, so a value is written such that reading tells its type: numbers by `repr` (every bit of a float),
+None as an empty field, lists as JSON, and a text that would read as something else ("4", "nan") as a JSON string.
 """
 
 import csv
@@ -49,7 +49,7 @@ def columns(rows: Iterable[Mapping[str, Any]], axes: Sequence[str] | None = None
 
     Args:
       rows: of all arms.
-      axes: the axes' columns in their order; by default every dotted name but metrics, as the rows have them, then `seed`.
+      axes: the axes' columns in their order; by default every dotted name but metrics, as in the rows, then `seed`.
 
     Returns:
       Every column that a row has, and those of `axes`, once each.

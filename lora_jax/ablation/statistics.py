@@ -1,8 +1,9 @@
-"""Is the difference real? Intervals over seeds, paired tests, Holm's method, the seeds that would be needed, a sentence.
+"""Is the difference real? Intervals over seeds, paired tests, Holm's method, the seeds that would be needed.
 
-Runs that share a seed share the order of the data and the initial values of the sites that both adapt, so two groups are
-compared seed by seed: what a seed does to both cancels. The tests on predictions say something else: whether two trained
-adapters differ beyond the choice of test examples. They know nothing of seeds. A difference is always first - second.
+Runs that share a seed share the order of the data and the initial values of the sites that both adapt, so two groups
+are compared seed by seed: what a seed does to both cancels. The tests on predictions say something else: whether two
+trained adapters differ beyond the choice of test examples. They know nothing of seeds. A difference is always
+first - second.
 
 Everything is two-sided. `level` is the false-positive rate that one accepts, 1 - confidence.
 """
@@ -14,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import special
+
+Numbers = Sequence[float] | np.ndarray
 
 LEVEL = 0.05
 MOST_SEEDS = 1000
@@ -66,7 +69,7 @@ class Bootstrap(NamedTuple):
     p: float
 
 
-def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def interval(values: Numbers, level: float = LEVEL) -> Interval:
     """Mean and Student t interval (Student, 1908): mean +- t(1 - level/2; n - 1) sd / sqrt(n).
 
     Args:
@@ -92,11 +95,11 @@ def _t(level: float, df: int) -> float:
     return float(special.stdtrit(df, 1 - level / 2))
 
 
-def paired(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> Paired:
+def paired(first: Numbers, second: Numbers, level: float = LEVEL) -> Paired:
     """Paired t test of first - second, as `scipy.stats.ttest_rel`.
 
-    It differs without spread: equal values everywhere give p = 1, and one and the same difference in every seed gives no p
-    (scipy: 0), since no spread can be estimated from it.
+    It differs without spread: equal values everywhere give p = 1, and one and the same difference in every seed gives
+    no p (scipy: 0), since no spread can be estimated from it.
 
     Args:
       first: finite, one per shared seed.
@@ -120,7 +123,7 @@ def paired(first: Sequence[float], second: Sequence[float], level: float = LEVEL
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Adjusted p values that keep the chance of any false positive in the family at the level (Holm, 1979).
 
-    The k-th smallest of m becomes the largest of (m - j + 1) p_j over j <= k, at most 1. None stays None and counts not.
+    The k-th smallest of m becomes the largest of (m - j + 1) p_j over j <= k, at most 1. None stays None, uncounted.
     """
     known = [p for p in p_values if p is not None]
     order = sorted(range(len(known)), key=known.__getitem__)
@@ -135,10 +138,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def power(difference: float, sd: float, n: int, level: float = LEVEL) -> float:
     """The chance that a paired t test over n seeds finds a true `difference` whose spread over seeds is `sd`.
 
-    T = sqrt(n) D / s is noncentral t with n - 1 degrees of freedom and noncentrality d = sqrt(n) difference / sd, so the power
-    is P(T > c) + P(T < -c), c = t(1 - level/2; n - 1) (Cohen, 1988, Statistical Power Analysis, chapter 2). T is
-    (Z + d) / r, Z normal and r^2 = chi2 / (n - 1), so this is the mean over r of Phi(d - c r) + Phi(-d - c r), taken here at
-    the quantiles of r: scipy.stats.nct (1.17) is NaN where d is large.
+    T = sqrt(n) D / s is noncentral t with n - 1 degrees of freedom and noncentrality d = sqrt(n) difference / sd, so
+    the power is P(T > c) + P(T < -c), c = t(1 - level/2; n - 1) (Cohen, 1988, Statistical Power Analysis, chapter 2).
+    T is (Z + d) / r, Z normal and r^2 = chi2 / (n - 1), so this is the mean over r of Phi(d - c r) + Phi(-d - c r),
+    taken here at the quantiles of r: scipy.stats.nct (1.17) is NaN where d is large.
     """
     shift, c = math.sqrt(n) * abs(difference) / sd, _t(level, n - 1)
     cr = c * _chi_quantiles(n - 1)
@@ -172,7 +175,7 @@ def seeds_needed(difference: float, sd: float, level: float = LEVEL, chance: flo
 def noise_floor(replicates: Sequence[float], seeds: int, level: float = LEVEL) -> NoiseFloor:
     """The difference between two means of `seeds` runs each that one configuration shows against itself.
 
-    t(1 - level/2; n - 1) sd sqrt(2 / seeds), from n replicates that differ in nothing but the seed. Not paired, thus the
+    t(1 - level/2; n - 1) sd sqrt(2 / seeds), from n replicates that differ in the seed only. Not paired, thus the
     measure for numbers of other people, other machines and other data orders.
     """
     over = interval(replicates, level)
@@ -181,7 +184,7 @@ def noise_floor(replicates: Sequence[float], seeds: int, level: float = LEVEL) -
     return NoiseFloor(over.sd, _t(level, over.n - 1) * over.sd * math.sqrt(2 / seeds), over.n)
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
+def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndarray) -> McNemar:
     """The exact test of McNemar (1947): of the examples that only one got right, each is a fair coin under the null.
 
     Args:

@@ -26,7 +26,7 @@ def better_is(metric: str, given: str | None = None) -> str:
 
 
 def number(value: float, half: float | None = None) -> str:
-    """A number with the digits that its half width leaves: one of the half width's own, two where it starts with 1 or 2."""
+    """A number with the digits that its half width leaves: one digit of that, two where it starts with 1 or 2."""
     if not math.isfinite(value) or not half or not math.isfinite(half):
         return f"{value:.4g}"
     digits = -math.floor(math.log10(half))

@@ -13,8 +13,8 @@ M = "dev.accuracy"
 
 
 def arm(rank, seed, value, status="done", layers="all", **extra):
-    return {"arm": f"{rank}{layers}{seed}", "status": status, "reason": None, "adapter.rank": rank, "adapter.layers": layers,
-            "seed": seed, "trainable_params": 100 * rank, M: value, **extra}  # fmt: skip
+    return {"arm": f"{rank}{layers}{seed}", "status": status, "reason": None, "adapter.rank": rank,
+            "adapter.layers": layers, "seed": seed, "trainable_params": 100 * rank, M: value, **extra}  # fmt: skip
 
 
 def grid(rng, effects, seeds, spread=0.01, common=0.02):
@@ -128,8 +128,8 @@ def test_groups_csv_has_means_differences_and_verdicts(tmp_path):
     written = groups.write_groups(tmp_path / "groups.csv", rows, [M, "dev.loss"], baseline={"adapter.rank": 1})
     text = (tmp_path / "groups.csv").read_text().splitlines()
     names = text[0].split(",")
-    assert names == ["group", "adapter.rank", "adapter.layers", "trainable_params", "metric", "n", "seeds", "mean", "sd",
-                     "low", "high", "left_out", "baseline", "difference", "difference_low", "difference_high",
+    assert names == ["group", "adapter.rank", "adapter.layers", "trainable_params", "metric", "n", "seeds", "mean",
+                     "sd", "low", "high", "left_out", "baseline", "difference", "difference_low", "difference_high",
                      "shared_seeds", "p", "p_holm", "seeds_needed", "noise_floor", "verdict"]  # fmt: skip
     assert len(text) == 5 and [row["group"] for row in written] == ["rank=1", "rank=2"] * 2
     base, other = written[:2]

@@ -56,8 +56,9 @@ def test_an_arm_of_digits_stays_a_text_without_quotes(tmp_path):
 
 def test_columns_do_not_depend_on_which_arm_ended_first(tmp_path):
     failed = {"arm": "b", "status": "failed", "reason": "x", "adapter.rank": 1, "adapter.layers": "all", "seed": 1}
-    done = {"seed": 0, "test.loss": 1.0, "note": "mine", "seconds": 2.0, "dev.accuracy": 0.5, "arm": "a", "status": "done",
-            "reason": None, "trainable_params": 9, "adapter.rank": 4, "adapter.layers": "all"}  # fmt: skip
+    done = {"seed": 0, "test.loss": 1.0, "note": "mine", "seconds": 2.0, "dev.accuracy": 0.5, "arm": "a",
+            "status": "done", "reason": None, "trainable_params": 9, "adapter.rank": 4,
+            "adapter.layers": "all"}  # fmt: skip
     expected = ["arm", "status", "reason", "adapter.rank", "adapter.layers", "seed", "trainable_params", "dev.accuracy",
                 "test.loss", "seconds", "note"]  # fmt: skip
     assert results.columns([done, failed]) == results.columns([failed, done]) == expected
