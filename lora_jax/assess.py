@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax import data, evaluate, sharding
+from lora_jax import data, evaluate, feed, sharding
 from lora_jax.assemble import Parts
 from lora_jax.errors import UserError
 from lora_jax.generate import generate
@@ -44,16 +44,11 @@ def measure(config: Config, parts: Parts, delta: Any, split: str) -> tuple[evalu
     if not found:
         raise UserError(f"the data has no split {split!r}; it has {', '.join(k for k, v in parts.splits.items() if v)}")
     records = parts.task.prepare(found)
-    batches = data.Batches(
-        [parts.task.encode(record) for record in records],
-        batch_size=config.train.eval_batch_size or config.train.batch_size,
-        seed=config.seed,
-        max_length=config.data.max_length,
-        packing=config.train.packing,
-        buckets=config.train.buckets,
-        names=[record.where for record in records],
-    )
     base, mesh = parts.base, parts.mesh
+    batches = feed.make_batches(
+        parts.task, found, config.train, seed=config.seed, max_length=config.data.max_length, mesh=mesh,
+        adapter=parts.adapter,
+    )  # fmt: skip
     specs = None if mesh is None else sharding.base_specs(base.variables, base.family.sharding, mesh)
     with sharding.use(mesh):
         variables = sharding.place_base(base.variables, specs, mesh)

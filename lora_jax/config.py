@@ -75,7 +75,8 @@ def default() -> ConfigDict:
     cfg.train.log_every = 10  # steps
     cfg.train.patience = 0  # evaluations without improvement before it stops; 0 is off
     cfg.train.keep = 2  # newest checkpoints that stay on disk, besides the best
-    cfg.train.packing = False  # several examples in one row
+    cfg.train.packing = False  # several examples in one row, batch_size counts rows
+    cfg.train.share_rows = False  # the examples of a step share rows, batch_size counts examples
     cfg.train.buckets = placeholder(object)  # lengths that rows are padded to; unset: a few up to data.max_length
 
     cfg.mesh = ConfigDict()  # devices along each axis; their product is what the run uses

@@ -8,7 +8,7 @@ steps ago, which leaves the devices busy and neither memory nor a signal's delay
 import collections
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax import sharding
+from lora_jax.data import Batches
 from lora_jax.errors import UserError
+from lora_jax.train_settings import TrainSettings
 
 
 class Fed(NamedTuple):
@@ -31,6 +33,44 @@ class Fed(NamedTuple):
     arrays: Any
     ids: np.ndarray | None
     tokens: int
+
+
+def make_batches(
+    task: Any,
+    records: Sequence[Any],
+    settings: TrainSettings,
+    *,
+    seed: int = 0,
+    max_length: int | None = None,
+    mesh: Mesh | None = None,
+    adapter: Any = None,
+    training: bool = False,
+) -> Batches:
+    """The batches of one split, as a run's settings shape them.
+
+    Args:
+      task: `prepare` and `encode` are used.
+      records: of the split, at least one.
+      settings: of the run.
+      seed: of the order.
+      max_length: tokens of a row at most.
+      mesh: over which the rows are split.
+      adapter: of the run; one that needs a row for each text gets it.
+      training: whether rows are cut into micro-batches, and which batch size counts.
+    """
+    own = task.prepare(records)
+    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return Batches(
+        [task.encode(record) for record in own],
+        batch_size=settings.batch_size if training else settings.eval_batch_size or settings.batch_size,
+        seed=seed,
+        max_length=max_length,
+        packing=settings.packing,
+        buckets=settings.buckets,
+        names=[getattr(record, "where", str(i)) for i, record in enumerate(own)],
+        share_rows=settings.share_rows and not getattr(adapter, "own_rows", False),
+        multiple=parts * (settings.accumulate if training else 1),
+    )
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh | None, *, check: bool = True) -> Fed:

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lora_jax import adapters, evaluate, manifest, optim, records, sharding, trees
+from lora_jax import adapters, evaluate, feed, manifest, optim, records, sharding, trees
 from lora_jax.checkpoint import Checkpoints
 from lora_jax.data import Batches
 from lora_jax.errors import UserError
@@ -87,7 +87,7 @@ def fit(
     """
     workdir = Path(workdir)
     mesh = mesh if mesh is not None and mesh.size > 1 else None
-    batches = _batches(task, splits, settings, seed, mesh, max_length)
+    batches = _batches(task, adapter, splits, settings, seed, mesh, max_length)
     total = settings.total(batches["train"].steps_per_epoch)
     adapter = adapters.for_steps(adapter, total)
     identity = _identity(base, adapter, task, settings, seed, batches)
@@ -126,7 +126,7 @@ def fit(
                 writer.close()
 
 
-def _batches(task, splits, settings, seed, mesh, max_length) -> dict[str, Batches]:
+def _batches(task, adapter, splits, settings, seed, mesh, max_length) -> dict[str, Batches]:
     """Batches of every split that has records."""
     if not splits.get("train"):
         raise UserError("the data has no training examples: the split 'train' is missing or empty")
@@ -136,16 +136,10 @@ def _batches(task, splits, settings, seed, mesh, max_length) -> dict[str, Batche
     out = {}
     for name in ("train", "dev", "test"):
         if splits.get(name):
-            own = task.prepare(splits[name])
-            out[name] = Batches(
-                [task.encode(record) for record in own],
-                batch_size=settings.batch_size if name == "train" else evaluation,
-                seed=seed,
-                max_length=max_length,
-                packing=settings.packing,
-                buckets=settings.buckets,
-                names=[record.where for record in own],
-            )
+            out[name] = feed.make_batches(
+                task, splits[name], settings, seed=seed, max_length=max_length, mesh=mesh, adapter=adapter,
+                training=name == "train",
+            )  # fmt: skip
     return out
 
 

@@ -31,7 +31,9 @@ class TrainSettings:
       patience: evaluations without improvement before the run stops; 0 is off. With it the best adapter is the one
         that is saved and tested, without it the last.
       keep: newest checkpoints that stay, besides the best.
-      packing: several examples in one row.
+      packing: several examples in one row, by a plan for the whole run; `batch_size` then counts rows.
+      share_rows: the examples of each step share rows, so that padding is hardly computed; `batch_size` still counts
+        examples. Off by itself for a method that needs a row for each text (`Adapter.own_rows`).
       buckets: lengths that rows are padded to; see `data.buckets.choose`.
     """
 
@@ -55,6 +57,7 @@ class TrainSettings:
     patience: int = 0
     keep: int = 2
     packing: bool = False
+    share_rows: bool = False
     buckets: Any = None
 
     def __post_init__(self):
@@ -75,6 +78,11 @@ class TrainSettings:
             )
         if self.patience and not self.eval_every:
             raise UserError(f"train.patience={self.patience} counts evaluations, but train.eval_every is 0; set it")
+        if self.packing and self.share_rows:
+            raise UserError(
+                "train.packing and train.share_rows are both on: packing fills rows for the whole run, shared rows "
+                "those of each step; set one of them to false"
+            )
         optim.make_schedule(self.schedule, self.learning_rate, max(self.steps, 1), 0)  # its kind is checked there
         if self.warmup < 1 or self.steps:
             optim.warmup_steps(self.warmup, max(self.steps, 1))

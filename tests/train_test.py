@@ -170,7 +170,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
         def __getitem__(self, step):
             return {**super().__getitem__(step), "step": np.full((8, 1), step, np.int32)}
 
-    import lora_jax.train as module
+    import lora_jax.feed as module
 
     original, module.Batches = module.Batches, Numbered
     try:

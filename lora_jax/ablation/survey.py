@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import models
+from lora_jax import adapters, feed, models
 from lora_jax.ablation.arms import Arm
 from lora_jax.ablation.cost import Cost, estimate
 from lora_jax.assemble import load_data, make_adapter, make_task, model_path
@@ -55,9 +55,10 @@ def _of_arm(known: dict[str, Any], config: Config) -> Cost:
     train = config.train
     model = (config.model, model_path(config))
     records = (config.data, config.task, model_path(config))
-    rows = (*records, train.batch_size, train.packing, train.buckets)
+    own_rows = adapters.get(config.adapter.method)(**config.adapter.arguments).own_rows
+    rows = (*records, own_rows, train.batch_size, train.packing, train.share_rows, train.buckets)
     task, splits = _once(known, ("data", *records), _data, config)
-    batches = _once(known, ("batches", *rows), _batches, config, task, splits)
+    batches = _once(known, ("batches", *rows), _batches, config, task, splits, own_rows)
     base = _once(known, ("base", *model, task.labels), _outline, config, task.labels)
     # No shape depends on the seed, the learning rate and the like.
     method = (config.adapter, config.quant, train.lora_plus_ratio)
@@ -66,16 +67,16 @@ def _of_arm(known: dict[str, Any], config: Config) -> Cost:
 
 
 def _of_config(config: Config, base: Any, task: Any, batches: Batches) -> Cost:
-    longest, first = max(batches.lengths), batches[0]
-    looked = [batches[i]["tokens"].shape[1] for i in range(min(batches.steps_per_epoch, LOOKED_AT))]
+    longest, most, first = max(batches.lengths), max(batches.row_counts), batches[0]
+    looked = [batches[i]["tokens"].size for i in range(min(batches.steps_per_epoch, LOOKED_AT))]
     return estimate(
         base,
         make_adapter(config, base),
         task,
         config.train,
-        {name: _of_length(x, first["tokens"].shape, longest) for name, x in first.items()},
+        {name: _of_length(x, first["tokens"].shape, most, longest) for name, x in first.items()},
         steps=config.train.total(batches.steps_per_epoch),
-        fill=float(np.mean(looked)) / longest,
+        fill=float(np.mean(looked)) / (most * longest),
         quantized=config.quant,
     )
 
@@ -85,14 +86,9 @@ def _data(config: Config) -> tuple[Any, Any]:
     return make_task(config, splits), splits
 
 
-def _batches(config: Config, task: Any, splits: Any) -> Batches:
-    return Batches(
-        [task.encode(record) for record in task.prepare(splits["train"])],
-        batch_size=config.train.batch_size,
-        max_length=config.data.max_length,
-        packing=config.train.packing,
-        buckets=config.train.buckets,
-    )
+def _batches(config: Config, task: Any, splits: Any, own_rows: bool) -> Batches:
+    train = dataclasses.replace(config.train, share_rows=config.train.share_rows and not own_rows)
+    return feed.make_batches(task, splits["train"], train, max_length=config.data.max_length, training=True)
 
 
 def _outline(config: Config, labels: Sequence[str] | None) -> Any:
@@ -109,6 +105,6 @@ def _once(known: dict[str, Any], key: Sequence[Any], make: Callable[..., Any], *
     return known[name]
 
 
-def _of_length(x: Any, tokens: tuple[int, ...], length: int) -> jax.ShapeDtypeStruct:
-    """The shape of one array of a batch, were its rows of this length."""
-    return jax.ShapeDtypeStruct((tokens[0], length) if x.shape == tokens else x.shape, x.dtype)
+def _of_length(x: Any, tokens: tuple[int, ...], rows: int, length: int) -> jax.ShapeDtypeStruct:
+    """The shape of one array of a batch, were it of so many rows of this length."""
+    return jax.ShapeDtypeStruct((rows, length) if x.shape == tokens else (rows, *x.shape[1:]), x.dtype)

@@ -47,6 +47,7 @@ class Adapter(NamedTuple):
       penalty: `delta -> scalar` added to the loss, or None.
       wrap: `optax transformation -> optax transformation`, or None: it sees the raw gradients and edits the updates.
       starts_as_base: whether the first output is promised to be the base's.
+      own_rows: whether it needs a row of the batch for each text, so that texts cannot be packed.
       needs: what `init` needs as `batch`, a dictionary by site path: 'moments', second moments of the site's input
         (`lj.input_moments`); 'residuals', what a quantized weight lost (`quant.residuals`); or '' for nothing.
     """
@@ -59,6 +60,7 @@ class Adapter(NamedTuple):
     penalty: Callable[[Delta], jax.Array] | None = None
     wrap: Callable[[Any], Any] | None = None
     starts_as_base: bool = True
+    own_rows: bool = False
     needs: str = ""
 
 

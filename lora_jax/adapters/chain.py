@@ -102,6 +102,7 @@ def chain(*adapters: Adapter) -> Adapter:
         penalty=penalty if penalties else None,
         wrap=wrap if edited else None,
         starts_as_base=all(a.starts_as_base for a in adapters),
+        own_rows=any(a.own_rows for a in adapters),
         needs=_needs(adapters),
     )  # fmt: skip
 

@@ -93,7 +93,7 @@ def prompt(*, length: int = 20, init: str | None = None, init_tokens: Any = None
     def trainable(delta):
         return jax.tree_util.tree_map(lambda _: True, delta)
 
-    return Adapter(make, bind, merge, trainable, spec, starts_as_base=False)
+    return Adapter(make, bind, merge, trainable, spec, starts_as_base=False, own_rows=True)
 
 
 def _ids(tokens: Any, init: str | None) -> list[int] | None:

@@ -6,7 +6,8 @@ endless sequence. So every batch is full, every row comes exactly once per epoch
 smaller than a batch just repeats itself within the batch.
 
 With packing `batch_size` counts rows, and the plan (made once from the seed) fixes which examples share a row; the
-epochs shuffle the rows.
+epochs shuffle the rows. With `share_rows` it counts examples: each batch holds the examples that it would hold without,
+in fewer rows.
 
 An example is a dict of numpy arrays: 1-D arrays of one length hold one value per token (`tokens`, `targets`, `weights`,
 `token_type_ids`), 0-D arrays one value per example (`labels`, `pool_at`). `pool_at` points into the example and is
@@ -22,6 +23,7 @@ import numpy as np
 
 from lora_jax.data import buckets as bucket_lengths
 from lora_jax.data import packing as packing_plan
+from lora_jax.data import sharing
 from lora_jax.errors import UserError
 
 Example = Mapping[str, np.ndarray]
@@ -35,9 +37,9 @@ class Batches:
     """The batches of one split.
 
     Attributes:
-      batch_size: rows of a batch.
-      rows: the example numbers of each row.
-      segments: S, the examples that a row has place for; 1 without packing.
+      batch_size: rows of a batch; examples, where they share rows.
+      rows: the example numbers of each row, before the examples of a step share rows.
+      segments: S, the examples that a row has place for; 1 where each has its own.
       lengths: the bucket lengths, ascending; every batch has one of them.
       steps_per_epoch: batches that hold every row at least once.
     """
@@ -52,6 +54,8 @@ class Batches:
         buckets: Any = None,
         max_segments: int | None = None,
         names: Sequence[str] | None = None,
+        share_rows: bool = False,
+        multiple: int = 1,
     ):
         """Makes the plan; nothing random is left after this.
 
@@ -62,18 +66,23 @@ class Batches:
           max_length: no row is longer; None = the longest example. With packing, the length of a packed row.
           packing: put several examples into a row.
           buckets: see `buckets.choose`; with packing there is one.
-          max_segments: examples of a packed row at most; None = 32.
+          max_segments: examples of a packed or shared row at most; None = 32.
           names: where each example came from, for messages.
+          share_rows: put the examples of a step into fewer rows; they stay the same examples.
+          multiple: what the number of shared rows must be a multiple of (devices times micro-batches).
 
         Raises:
-          UserError: no example, a batch size below 1, an example that is too long or has no token or no target token.
+          UserError: no example, a batch size below 1, an example that is too long or has no token or no target token,
+            packing together with shared rows.
         """
         if type(batch_size) is not int or batch_size < 1:
             raise UserError(f"batch_size must be a whole number, at least 1; got {batch_size!r}")
         self._examples, self.batch_size, self._seed = list(examples), batch_size, int(seed)
         sizes = _check(self._examples, max_length, names)
         capacity = max_length or max(sizes)
-        self.packing = bool(packing)
+        self.packing, self.share_rows = bool(packing), bool(share_rows)
+        if self.packing and self.share_rows:
+            raise UserError("packing and share_rows exclude each other: set one of them to false")
         self.rows: packing_plan.Plan = (
             packing_plan.plan(sizes, capacity, self._seed, max_segments or MAX_SEGMENTS)
             if packing
@@ -87,6 +96,9 @@ class Batches:
             self.lengths = bucket_lengths.choose(self._row_sizes, batch_size, max_length, buckets)
         self.steps_per_epoch = -(-len(self.rows) // batch_size)
         self._order = functools.lru_cache(maxsize=4)(self._permutation)
+        self.row_counts: tuple[int, ...] = (batch_size,)
+        if self.share_rows:
+            self._share(capacity, max_segments or MAX_SEGMENTS, multiple)
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of one step: any step from 0 on, in any order.
@@ -97,19 +109,37 @@ class Batches:
         """
         if step < 0:
             raise IndexError(f"steps count from 0, got {step}")
-        count = len(self.rows)
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return self._collate([int(self._order(place // count)[place % count]) for place in places])
+        return self._collate(self._drawn(step))
 
     def in_order(self) -> Iterator[Batch]:
         """Every row exactly once, in order; the last batch is filled with empty rows (ids -1, everything else 0)."""
         for first in range(0, len(self.rows), self.batch_size):
             yield self._collate(list(range(first, min(first + self.batch_size, len(self.rows)))))
 
+    def _drawn(self, step: int) -> list[int]:
+        """The rows that a step draws."""
+        count = len(self.rows)
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [int(self._order(place // count)[place % count]) for place in places]
+
+    def _share(self, capacity: int, bound: int, multiple: int) -> None:
+        """Chooses the shape of batches whose examples share rows; the shapes are the same for every seed."""
+        self._multiple, self.lengths = multiple, (bucket_lengths.round_up(max(self._row_sizes), capacity),)
+        fitting = max(1, self.lengths[0] // min(self._row_sizes))
+        self.segments = min(bound, self.batch_size, fitting)
+        order = packing_plan.permutation(len(self.rows), 0, 1).tolist()
+        starts = range(0, max(1, len(order) - self.batch_size + 1), self.batch_size)
+        looked = [order[first : first + self.batch_size] for first in starts[: sharing.LOOKED_AT]]
+        self.row_counts = sharing.choose_counts([len(self._shared(drawn)) for drawn in looked], multiple)
+
+    def _shared(self, drawn: list[int]) -> list[tuple[int, ...]]:
+        return sharing.rows_of(drawn, self._row_sizes, self.lengths[0], self.segments)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 over examples, plan and order: two objects with the same one give the same batch at every step."""
-        total = hashlib.sha256(repr((self.batch_size, self._seed, self.lengths)).encode())
+        shape = (self.batch_size, self._seed, self.lengths)
+        total = hashlib.sha256(repr((*shape, self.row_counts) if self.share_rows else shape).encode())
         total.update(packing_plan.fingerprint(self.rows).encode())
         for example in self._examples:
             for key in sorted(example):
@@ -120,25 +150,30 @@ class Batches:
     @property
     def fill(self) -> float:
         """The share of real tokens if every row were padded to the longest bucket."""
-        return sum(self._row_sizes) / (len(self.rows) * self.lengths[-1])
+        rows = len(self.rows) * self.row_counts[0] / self.batch_size
+        return sum(self._row_sizes) / (rows * self.lengths[-1])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         # The plan takes stream 0.
         return packing_plan.permutation(len(self.rows), self._seed, epoch + 1)
 
-    def _collate(self, rows: list[int]) -> Batch:
-        longest = max(self._row_sizes[r] for r in rows)
+    def _collate(self, drawn: list[int]) -> Batch:
+        longest = max(self._row_sizes[r] for r in drawn)
         length = next(n for n in self.lengths if n >= longest)
-        batch = self._empty(length)
+        rows, count = [self.rows[r] for r in drawn], self.batch_size
+        if self.share_rows:
+            rows = self._shared(drawn)
+            count = sharing.filled_up(len(rows), self.row_counts, self._multiple)
+        batch = self._empty(count, length)
         for b, row in enumerate(rows):
             start = 0
-            for s, i in enumerate(self.rows[row]):
+            for s, i in enumerate(row):
                 start = _place(batch, self._examples[i], b, s, start)
                 batch["ids"][b, s] = i
         return batch
 
-    def _empty(self, length: int) -> Batch:
-        tokens, segments = (self.batch_size, length), (self.batch_size, self.segments)
+    def _empty(self, count: int, length: int) -> Batch:
+        tokens, segments = (count, length), (count, self.segments)
         batch = {key: np.zeros(tokens, np.int32) for key in ("tokens", "segment_ids", "positions")}
         for key, value in self._examples[0].items():
             kind = np.float32 if np.issubdtype(np.asarray(value).dtype, np.floating) else np.int32

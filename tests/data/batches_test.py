@@ -183,3 +183,37 @@ def test_bad_input():
     del broken[1]["targets"]
     with pytest.raises(UserError, match="example 1 has the arrays"):
         Batches(broken, 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIZES, st.integers(1, 9), st.integers(0, 2), st.integers(1, 3))
+def test_shared_rows_hold_the_examples_of_the_step(sizes, batch_size, seed, multiple):
+    examples = lm(sizes)
+    alone = Batches(examples, batch_size, seed, max_length=30)
+    shared = Batches(examples, batch_size, seed, max_length=30, share_rows=True, multiple=multiple)
+    for step in range(4):
+        batch = shared[step]
+        assert sorted(ids(batch)) == sorted(ids(alone[step]))
+        assert len(batch["tokens"]) % multiple == 0 and batch["tokens"].shape[1] == shared.lengths[0]
+        # An example that comes twice in a step (an epoch smaller than a batch) is there twice.
+        assert int(np.sum(batch["weights"])) == int(np.sum(alone[step]["weights"]))
+        for i, values in unpack(batch, "targets").items():
+            np.testing.assert_array_equal(values, examples[i]["targets"])
+    assert sorted(i for batch in shared.in_order() for i in ids(batch)) == list(range(len(sizes)))
+
+
+def test_shared_rows_are_few_and_of_few_shapes():
+    rng = np.random.default_rng(0)
+    examples = lm(rng.integers(4, 60, 400))
+    shared = Batches(examples, 32, max_length=64, share_rows=True)
+    shapes = {shared[step]["tokens"].shape for step in range(40)}
+    assert len(shared.row_counts) <= 2 and len(shapes) <= 3 and all(rows <= 24 for rows, _ in shapes)
+    assert shared.fill > 0.8 > 1.3 * Batches(examples, 32, max_length=64).fill
+    other = Batches(examples, 32, seed=1, max_length=64, share_rows=True)
+    assert other.row_counts == shared.row_counts and other.fingerprint != shared.fingerprint
+    assert shared.fingerprint != Batches(examples, 32, max_length=64).fingerprint
+
+
+def test_packing_and_shared_rows_exclude_each_other():
+    with pytest.raises(UserError, match="packing and share_rows exclude each other"):
+        Batches(lm([3, 4]), 2, packing=True, share_rows=True)
