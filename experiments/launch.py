@@ -7,6 +7,7 @@ that saved.
 import importlib.util
 import inspect
 import logging
+import os
 import re
 import sys
 import traceback
@@ -25,6 +26,8 @@ from lora_jax.stopping import Diverged, Interrupted
 WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the run.")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 _FILE = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
+_given: dict[str, str | None] = {}
+CACHE = Path.home() / ".cache" / "lora_jax" / "xla"  # jax's own JAX_COMPILATION_CACHE_DIR wins over it
 
 
 def run(main: Callable[[], None], base: Callable[[], ConfigDict] | None = None) -> None:
@@ -40,6 +43,7 @@ def run(main: Callable[[], None], base: Callable[[], ConfigDict] | None = None) 
 def call(main: Callable[[], None]) -> int:
     """Runs a command whose flags are parsed; returns its exit code."""
     logging.getLogger("jax").setLevel(logging.WARNING)  # else every backend that is not there is reported
+    _keep_compiled()
     try:
         main()
     except UserError as error:
@@ -51,11 +55,21 @@ def call(main: Callable[[], None]) -> int:
     return 0
 
 
+def _keep_compiled() -> None:
+    """What took long to compile is found again by the next command that needs the same program."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(CACHE))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def parse(argv: list[str], base: Callable[[], ConfigDict] = config_lib.default) -> list[str]:
     """Parses flags and config. A mistake in them ends the process with code 2 and one line."""
     try:
         # The first pass reads the plain flags, since the config of a finished run lies in its --workdir.
         rest, spec = _take_file(argv)
+        _given["file"] = spec
         plain = [a for i, a in enumerate(rest) if not _OVERRIDE.fullmatch(a)]
         flags.FLAGS(plain, known_only=True)
         cfg = load(spec) if spec is not None else base()
@@ -75,6 +89,11 @@ def parse(argv: list[str], base: Callable[[], ConfigDict] = config_lib.default) 
         sys.exit(_say(f"error: {_illegal_value(str(error))}", 2))
     except (UserError, flags.Error) as error:
         sys.exit(_say(f"error: {error}", 2))
+
+
+def config_file() -> str | None:
+    """What --config=FILE was given."""
+    return _given.get("file")
 
 
 def config() -> ConfigDict:

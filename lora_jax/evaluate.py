@@ -43,12 +43,18 @@ def make_eval_step(apply: Callable, adapter: Any, task: Any) -> Callable[[Any, A
       task: `inputs`, `sums`, `per_example`.
     """
 
+    return jax.jit(eval_step(apply, adapter, task))
+
+
+def eval_step(apply: Callable, adapter: Any, task: Any) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """The step as a pure function, not compiled."""
+
     def step(variables, delta, batch):
         bound = variables if adapter is None else adapter.bind(variables, delta)
         outputs = apply(bound, **task.inputs(batch))
         return task.sums(outputs, batch), task.per_example(outputs, batch)
 
-    return jax.jit(step)
+    return step
 
 
 @jax.jit
@@ -83,6 +89,52 @@ def evaluate(
     Raises:
       RuntimeError: an example was missing or came twice.
     """
+    found = gather(step, variables, delta, batches, mesh=mesh, stop=stop)
+    return None if found is None else found.evaluation(task)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """What came of one pass over a split, on the host.
+
+    Attributes:
+      sums: from `task.sums`, added up.
+      values: {name: array} of each batch, from `task.per_example`.
+      ids: (B, S) of each batch.
+      seconds, tokens: as of `Evaluation`.
+    """
+
+    sums: Any
+    values: list[dict[str, np.ndarray]]
+    ids: list[np.ndarray]
+    seconds: float
+    tokens: int
+
+    def evaluation(self, task: Any) -> Evaluation:
+        """The metrics, and the values by example.
+
+        Raises:
+          RuntimeError: an example was missing or came twice.
+        """
+        metrics = {k: float(v) for k, v in task.summary(self.sums).items()}
+        return Evaluation(metrics, _by_example(self.ids, self.values), self.seconds, self.tokens)
+
+    def of_arm(self, index: int, count: int) -> "Gathered":
+        """One arm's part, where every array has a leading axis over `count` arms; the seconds are shared evenly."""
+        sums, values = jax.tree.map(lambda x: np.asarray(x)[index], (self.sums, self.values))
+        return dataclasses.replace(self, sums=sums, values=values, seconds=self.seconds / count)
+
+
+def gather(
+    step: Callable,
+    variables: Any,
+    delta: Any,
+    batches: Any,
+    *,
+    mesh: Mesh | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Gathered | None:
+    """One pass over a split; arguments as of `evaluate`. None if it was stopped."""
     start, total, tokens = time.perf_counter(), None, 0
     ids, values = [], []
     throttle = feed.Throttle()
@@ -99,8 +151,8 @@ def evaluate(
             tokens += batch.tokens
     finally:
         fed.close()
-    metrics = {k: float(v) for k, v in task.summary(jax.device_get(total)).items()}
-    return Evaluation(metrics, _by_example(ids, jax.device_get(values)), time.perf_counter() - start, tokens)
+    total, values = jax.device_get((total, values))
+    return Gathered(total, values, ids, time.perf_counter() - start, tokens)
 
 
 def _by_example(ids: Sequence[np.ndarray], values: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

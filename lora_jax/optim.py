@@ -43,13 +43,17 @@ def make_schedule(kind: str, learning_rate: float, steps: int, warmup: float = 0
     """
     if kind not in SCHEDULES:
         raise UserError(f"train.schedule={kind!r} is not a schedule; {did_you_mean(str(kind), SCHEDULES)}")
-    warm = warmup_steps(warmup, steps)
+    return schedule(kind, learning_rate, steps, warmup_steps(warmup, steps))
+
+
+def schedule(kind: str, learning_rate: Any, steps: int, warm: Any) -> Callable[[Any], Any]:
+    """As `make_schedule`, with a peak and a warm-up (`warm` steps) that may be arrays, and nothing checked."""
 
     def rate(count):
         count = jnp.asarray(count, jnp.float32)
-        progress = jnp.clip((count - warm) / max(1, steps - warm), 0.0, 1.0)
+        progress = jnp.clip((count - warm) / jnp.maximum(1, steps - warm), 0.0, 1.0)
         falls = {"constant": 0.0 * progress, "linear": progress, "cosine": 0.5 * (1.0 - jnp.cos(jnp.pi * progress))}
-        return learning_rate * jnp.where(count < warm, count / max(1, warm), 1.0 - falls[kind])
+        return learning_rate * jnp.where(count < warm, count / jnp.maximum(1, warm), 1.0 - falls[kind])
 
     return rate
 
@@ -74,14 +78,14 @@ def warmup_steps(warmup: float, steps: int) -> int:
 def make_optimizer(
     learning_rate: float | Callable[[Any], Any],
     *,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = None,
-    lora_plus_ratio: float = 1.0,
+    weight_decay: Any = 0.0,
+    clip_norm: Any = None,
+    lora_plus_ratio: Any = 1.0,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """AdamW for the trainable part of a delta.
+    """AdamW for the trainable part of a delta. Decay, norm and ratio may be arrays, which are never off.
 
     Args:
       learning_rate: a number, or a schedule.
@@ -94,12 +98,13 @@ def make_optimizer(
       An optax transformation. With `lora_plus_ratio` other than 1 its `init` raises UserError on a delta without a
       leaf `b`.
     """
-    parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    off = lambda value, *words: not isinstance(value, jax.Array) and value in words  # noqa: E731
+    parts = [] if off(clip_norm, None, 0) else [optax.clip_by_global_norm(clip_norm)]
     parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
-    if weight_decay:
+    if not off(weight_decay, 0):
         parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
     parts.append(optax.scale_by_learning_rate(learning_rate))
-    if lora_plus_ratio != 1:
+    if not off(lora_plus_ratio, 1):
         parts.append(optax.masked(optax.scale(lora_plus_ratio), b_mask))
     return optax.chain(*parts)
 

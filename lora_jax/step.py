@@ -79,7 +79,30 @@ def make_train_step(
     dropout: bool = True,
     out_shardings: Any = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Builds the jitted step.
+    """Builds the jitted step: `train_step` compiled, its state donated.
+
+    Args:
+      apply, adapter, task, tx, mask, accumulate, dropout: as for `train_step`.
+      out_shardings: shardings of the state, or None for one device.
+    """
+    step = train_step(apply, adapter, task, tx, mask, accumulate=accumulate, dropout=dropout)
+    if out_shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(out_shardings, None))
+
+
+def train_step(
+    apply: Callable,
+    adapter: Any,
+    task: Any,
+    tx: optax.GradientTransformation,
+    mask: Any,
+    *,
+    accumulate: int = 1,
+    dropout: bool = True,
+    kept: Any = None,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The step as a pure function, not compiled.
 
     Args:
       apply: `lift(base.apply)`.
@@ -90,7 +113,8 @@ def make_train_step(
       accumulate: number of micro-batches that a batch is divided into; it must divide the leading axis of every array
         of the batch.
       dropout: whether the adapter's and the base's dropout are on.
-      out_shardings: shardings of the state, or None for one device.
+      kept: tree of booleans like the trainable leaves, arrays allowed: False keeps a leaf as it is, as if it were not
+        there (no gradient, no decay, no part in the norm). None changes all.
 
     Returns:
       `step(state, variables, batch) -> (state, metrics)`; metrics are float32 scalars on the device: `loss_sum`,
@@ -136,16 +160,21 @@ def make_train_step(
         if getattr(adapter, "penalty", None) is not None:
             penalty, extra = jax.value_and_grad(penalty_of)(state.trainable, state.frozen)
             grads = jax.tree.map(jnp.add, grads, extra)
+        grads = _where(kept, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         new = state._replace(
-            trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state, step=state.step + 1
+            trainable=optax.apply_updates(state.trainable, _where(kept, updates)),
+            opt_state=opt_state,
+            step=state.step + 1,
         )
         norm = optax.global_norm(grads)
         return new, {"loss_sum": total, "weight": weight, "grad_norm": norm, "penalty": penalty}
 
-    if out_shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(out_shardings, None))
+    return step
+
+
+def _where(kept: Any, tree: Any) -> Any:
+    return tree if kept is None else jax.tree.map(lambda k, x: jnp.where(k, x, 0.0).astype(x.dtype), kept, tree)
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:

@@ -87,11 +87,11 @@ def fit(
     """
     workdir = Path(workdir)
     mesh = mesh if mesh is not None and mesh.size > 1 else None
-    batches = _batches(task, adapter, splits, settings, seed, mesh, max_length)
+    batches = make_batches(task, adapter, splits, settings, seed, mesh, max_length)
     total = settings.total(batches["train"].steps_per_epoch)
     adapter = adapters.for_steps(adapter, total)
-    identity = _identity(base, adapter, task, settings, seed, batches)
-    manifest.open_run(workdir / "manifest.json", manifest.collect(identity, mesh=mesh, extra=about))
+    own = identity(base, adapter, task, settings, seed, batches)
+    manifest.open_run(workdir / "manifest.json", manifest.collect(own, mesh=mesh, extra=about))
     with (
         sharding.use(mesh),
         Checkpoints(workdir / "checkpoints", keep=settings.keep) as checkpoints,
@@ -107,7 +107,7 @@ def fit(
                     progress.say(f"going on from step {book.step} of {total}")
                 loop = Loop(
                     **{**parts, "state": state},
-                    plan=_plan(settings, total),
+                    plan=make_plan(settings, total),
                     book=book,
                     task=task,
                     batches=batches["train"],
@@ -126,8 +126,12 @@ def fit(
                 writer.close()
 
 
-def _batches(task, adapter, splits, settings, seed, mesh, max_length) -> dict[str, Batches]:
-    """Batches of every split that has records."""
+def make_batches(task, adapter, splits, settings, seed, mesh=None, max_length=None) -> dict[str, Batches]:
+    """Batches of every split that has records; arguments as of `fit`.
+
+    Raises:
+      UserError: train is missing or empty, or a batch does not divide over devices and micro-batches.
+    """
     if not splits.get("train"):
         raise UserError("the data has no training examples: the split 'train' is missing or empty")
     evaluation = settings.eval_batch_size or settings.batch_size
@@ -143,7 +147,7 @@ def _batches(task, adapter, splits, settings, seed, mesh, max_length) -> dict[st
     return out
 
 
-def _identity(base, adapter, task, settings, seed, batches) -> dict[str, Any]:
+def identity(base, adapter, task, settings, seed, batches) -> dict[str, Any]:
     """What must be the same for a run to be the same run."""
     own = {f"train.{k}": v for k, v in dataclasses.asdict(settings).items() if k not in SHOWN_ONLY}
     return {
@@ -207,7 +211,8 @@ def state_shardings(state: TrainState, mask: Any, specs: Mapping[str, P] | None,
     return sharding.shardings(mesh, specs_of_state)
 
 
-def _plan(settings: TrainSettings, total: int) -> Plan:
+def make_plan(settings: TrainSettings, total: int) -> Plan:
+    """What a run of `total` steps does when."""
     return Plan(
         total=total,
         log_every=settings.log_every,

@@ -81,6 +81,8 @@ class Entry:
     """Base class of a delta's entries; fields `axes: Axes` and `member: str` (which part of a chain made it)."""
 
     layout: ClassVar[dict[str, tuple[str, ...]]] = {}
+    # Whether zeros appended along `rank` in all arrays are a fixed point of training: arms of several ranks then stack.
+    widens: ClassVar[bool] = False
     axes: Axes
     member: str
 

@@ -49,6 +49,7 @@ class LoHa(Entry):
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
     member: str = ""
+    widens: ClassVar = True
     layout: ClassVar = {
         "a": ("batch", "fan_in", "rank"), "b": ("batch", "rank", "fan_out"),
         "a2": ("batch", "fan_in", "rank"), "b2": ("batch", "rank", "fan_out"),

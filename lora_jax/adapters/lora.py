@@ -54,6 +54,7 @@ class LoRA(Entry):
     a0: Any = None
     b0: Any = None
     member: str = ""
+    widens: ClassVar = True
     layout: ClassVar = {
         "a": ("batch", "fan_in", "rank"), "b": ("batch", "rank", "fan_out"),
         "a0": ("batch", "fan_in", "rank"), "b0": ("batch", "rank", "fan_out"),

@@ -1,0 +1,193 @@
+"""One pack of arms, trained in this process: what a launcher runs, here or on another machine.
+
+A pack of one arm is a run as any other. Data, task and base stay loaded for the next pack that needs the same.
+"""
+
+import dataclasses
+import functools
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lora_jax import adapters, data, models, optim, records
+from lora_jax.ablation.arms import Arm, digest
+from lora_jax.ablation.packed import Pack, Program, make_program
+from lora_jax.ablation.together import Job, Together
+from lora_jax.assemble import Parts, load_base, load_data, make_adapter, make_mesh, make_task, save_adapter, start_data
+from lora_jax.errors import UserError
+from lora_jax.records import plain
+from lora_jax.settings import Config
+from lora_jax.stopping import Diverged
+from lora_jax.train import fit, identity, init_delta, make_batches, make_plan
+
+Ended = Callable[[str, str], None]  # (arm id, why it failed or '')
+SUMMARY, FAILURE, COST, CONFIG = "summary.json", "failure.json", "cost.json", "config.json"
+
+
+def run_folder(workdir: Path, arm_id: str) -> Path:
+    """Where an arm's run is kept."""
+    return Path(workdir) / "runs" / arm_id
+
+
+def pack_folder(workdir: Path, ids: Sequence[str]) -> Path:
+    """Where a pack keeps its checkpoints."""
+    return Path(workdir) / "packs" / digest({"arms": sorted(ids)})
+
+
+def execute(arms: Sequence[Arm], workdir: Path, ended: Ended = lambda arm, why: None, tick: Any = None) -> None:
+    """Trains a pack to its end; a failing arm is written down and does not fail the others.
+
+    Args:
+      arms: of one pack.
+      workdir: of the ablation.
+      ended: is called whenever an arm has ended.
+      tick: is called with (steps made, steps in all) now and then.
+
+    Raises:
+      Interrupted: a signal came; what can be resumed is saved.
+    """
+    began = time.perf_counter()
+    for arm in arms:
+        records.write_json(run_folder(workdir, arm.id) / CONFIG, arm.values)
+
+    def close(arm_id: str, why: str) -> None:
+        if why:
+            records.write_json(run_folder(workdir, arm_id) / FAILURE, {"reason": why})
+        _write_cost(run_folder(workdir, arm_id), len(arms), time.perf_counter() - began)
+        ended(arm_id, why)
+
+    try:
+        if len(arms) == 1:
+            _alone(arms[0], workdir, tick)
+            close(arms[0].id, "")
+        else:
+            _together(arms, workdir, close, tick)
+    except (UserError, Diverged) as error:
+        if len(arms) == 1:
+            close(arms[0].id, str(error))
+            return
+        for arm in arms:  # one of them spoils the pack: alone, each tells for itself
+            if not (run_folder(workdir, arm.id) / SUMMARY).exists():
+                execute([arm], workdir, ended, tick)
+
+
+def _alone(arm: Arm, workdir: Path, tick: Any) -> None:
+    parts = parts_of(arm.config)
+    total = arm.config.train.steps
+    echo = None if tick is None else lambda text: tick(_step_of(text), total)
+    start = init_delta(parts.base, parts.adapter, arm.config.seed, start_data(arm.config, parts))
+    fit(
+        parts.base, parts.adapter, parts.task, parts.splits, arm.config.train, run_folder(workdir, arm.id),
+        seed=arm.config.seed, mesh=parts.mesh, max_length=arm.config.data.max_length, echo=echo, start=start,
+        about={"config": arm.values}, save=lambda where, delta: save_adapter(where, parts, delta),
+    )  # fmt: skip
+
+
+def _step_of(line: str) -> int:
+    """The step that a line of `progress.line` begins with."""
+    words = line.split(maxsplit=2)
+    return int(words[1].partition("/")[0]) if words[:1] == ["step"] and "/" in words[1] else 0
+
+
+def _together(arms: Sequence[Arm], workdir: Path, close: Ended, tick: Any) -> None:
+    parts = [parts_of(arm.config) for arm in arms]
+    first, config = parts[0], arms[0].config
+    batches = make_batches(
+        first.task, first.adapter, first.splits, config.train, config.seed, None, config.data.max_length
+    )
+    total = config.train.total(batches["train"].steps_per_epoch)
+    methods = [adapters.for_steps(p.adapter, total) for p in parts]
+    starts = [init_delta(p.base, method, config.seed) for p, method in zip(parts, methods, strict=True)]
+    pack = Pack(methods[0], starts, [arm.config.train for arm in arms], total)
+    program = _program(pack, first, methods[0], config, total)
+    folder = pack_folder(workdir, [arm.id for arm in arms])
+    jobs = [
+        Job(
+            folder=run_folder(workdir, arm.id),
+            adapter=own.adapter,
+            identity=identity(own.base, own.adapter, own.task, arm.config.train, config.seed, batches),
+            save=functools.partial(_save, own),
+            about={"config": arm.values, "arms_together": [other.id for other in arms]},
+        )
+        for arm, own in zip(arms, parts, strict=True)
+    ]
+    together = Together(
+        jobs=jobs, pack=pack, program=program, hyper=pack.hyper(), state=pack.state(program, config.seed),
+        variables=jax.device_put(first.base.variables, jax.devices()[0]), task=first.task, splits=first.splits,
+        batches=batches, plan=make_plan(config.train, total),
+        patience=[arm.config.train.patience for arm in arms],
+        learning_rates=[
+            optim.make_schedule(c.schedule, c.learning_rate, total, c.warmup) for c in (a.config.train for a in arms)
+        ],
+        folder=folder, ended=lambda index, why: close(arms[index].id, why),
+        tick=lambda step: tick(step, total) if tick else None,
+    )  # fmt: skip
+    together.run()
+
+
+def _save(parts: Parts, where: Path, delta: Any) -> None:
+    save_adapter(where, parts, delta)
+
+
+_known: dict[str, dict[str, Any]] = {}
+
+
+def _once(kind: str, key: Any, make: Callable[[], Any]) -> Any:
+    """`make()`, unless the last of this kind had the same key: one data set and one base stay in memory, not all."""
+    name = json.dumps(plain(key), sort_keys=True)
+    if name not in _known.get(kind, {}):
+        _known[kind] = {name: make()}
+    return _known[kind][name]
+
+
+def parts_of(config: Config) -> Parts:
+    """As `assemble`, with what the last call loaded where it is the same."""
+    text = dataclasses.asdict(config)
+    about_data = (text["data"], text["task"], text["model"]["path"])
+    splits, task = _once("data", about_data, lambda: _data(config))
+    about_base = (text["model"], text["quant"], config.seed, list(task.labels or ()))
+    base: models.Base = _once("base", about_base, lambda: load_base(config, len(task.labels) if task.labels else None))
+    adapter = _once_adapter(text["adapter"], about_base, lambda: make_adapter(config, base))
+    return Parts(base, task, splits, adapter, make_mesh(config))
+
+
+def _data(config: Config) -> tuple[data.Splits, Any]:
+    splits = load_data(config, ("train", "dev"))
+    return splits, make_task(config, splits)
+
+
+_adapters: dict[str, Any] = {}
+
+
+def _once_adapter(section: Mapping[str, Any], about_base: Any, make: Callable[[], Any]) -> Any:
+    """An adapter holds no arrays, so all of them may stay."""
+    name = json.dumps(plain((section, about_base)), sort_keys=True)
+    if name not in _adapters:
+        _adapters[name] = make()
+    return _adapters[name]
+
+
+def _program(pack: Pack, parts: Parts, adapter: Any, config: Config, total: int) -> Program:
+    """The compiled program of a pack; packs that differ in the seed share it."""
+    settings = dataclasses.asdict(config.train)
+    static = {n: settings[n] for n in ("accumulate", "schedule", "b1", "b2", "eps")}
+    key = (pack.signature, dataclasses.asdict(config.model), config.quant, static, total, parts.task.options)
+    method = {n: v for n, v in adapter.spec.items() if n not in ("rank", "alpha", "layers", "targets")}
+    make = lambda: make_program(pack, parts.base.apply, adapter, parts.task, config.train, total)  # noqa: E731
+    return _once("program", (*key, str(method)), make)
+
+
+def _write_cost(folder: Path, count: int, seconds: float) -> None:
+    """What an arm cost: its share of the pack's time, with compilation; memory of the whole process."""
+    lines = [line for line in records.read_jsonl(folder / "metrics.jsonl") if line["split"] == "train"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = {"seconds": seconds / count, "peak_memory_mb": peak / 1e6, "arms_together": count}
+    if lines:
+        found["tokens_per_second"] = lines[-1]["tokens_per_second"]
+    records.write_json(folder / COST, found)
