@@ -13,18 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from lora_jax import adapters, data, models, optim, records
+from lora_jax import data, models, records
 from lora_jax.ablation.arms import Arm, digest
-from lora_jax.ablation.packed import Pack, Program, make_program
-from lora_jax.ablation.together import Job, Together
+from lora_jax.ablation.fit import fit_together
+from lora_jax.ablation.packed import Pack
 from lora_jax.assemble import Parts, load_base, load_data, make_adapter, make_mesh, make_task, save_adapter, start_data
 from lora_jax.errors import UserError
 from lora_jax.records import plain
 from lora_jax.settings import Config
 from lora_jax.stopping import Diverged
-from lora_jax.train import fit, identity, init_delta, make_batches, make_plan
+from lora_jax.train import fit, init_delta
 
 Ended = Callable[[str, str], None]  # (arm id, why it failed or '')
 SUMMARY, FAILURE, COST, CONFIG = "summary.json", "failure.json", "cost.json", "config.json"
@@ -96,39 +94,18 @@ def _step_of(line: str) -> int:
 
 
 def _together(arms: Sequence[Arm], workdir: Path, close: Ended, tick: Any) -> None:
-    parts = [parts_of(arm.config) for arm in arms]
-    first, config = parts[0], arms[0].config
-    batches = make_batches(
-        first.task, first.adapter, first.splits, config.train, config.seed, None, config.data.max_length
-    )
-    total = config.train.total(batches["train"].steps_per_epoch)
-    methods = [adapters.for_steps(p.adapter, total) for p in parts]
-    starts = [init_delta(p.base, method, config.seed) for p, method in zip(parts, methods, strict=True)]
-    pack = Pack(methods[0], starts, [arm.config.train for arm in arms], total)
-    program = _program(pack, first, methods[0], config, total)
-    folder = pack_folder(workdir, [arm.id for arm in arms])
-    jobs = [
-        Job(
-            folder=run_folder(workdir, arm.id),
-            adapter=own.adapter,
-            identity=identity(own.base, own.adapter, own.task, arm.config.train, config.seed, batches),
-            save=functools.partial(_save, own),
-            about={"config": arm.values, "arms_together": [other.id for other in arms]},
-        )
-        for arm, own in zip(arms, parts, strict=True)
-    ]
-    together = Together(
-        jobs=jobs, pack=pack, program=program, hyper=pack.hyper(), state=pack.state(program, config.seed),
-        variables=jax.device_put(first.base.variables, jax.devices()[0]), task=first.task, splits=first.splits,
-        batches=batches, plan=make_plan(config.train, total),
-        patience=[arm.config.train.patience for arm in arms],
-        learning_rates=[
-            optim.make_schedule(c.schedule, c.learning_rate, total, c.warmup) for c in (a.config.train for a in arms)
-        ],
-        folder=folder, ended=lambda index, why: close(arms[index].id, why),
-        tick=lambda step: tick(step, total) if tick else None,
+    parts, config = [parts_of(arm.config) for arm in arms], arms[0].config
+    first = parts[0]
+    fit_together(
+        first.base, [own.adapter for own in parts], first.task, first.splits, [arm.config.train for arm in arms],
+        [run_folder(workdir, arm.id) for arm in arms], pack_folder(workdir, [arm.id for arm in arms]),
+        seed=config.seed, max_length=config.data.max_length,
+        saves=[functools.partial(_save, own) for own in parts],
+        about=[{"config": arm.values, "arms_together": [other.id for other in arms]} for arm in arms],
+        ended=lambda index, why: close(arms[index].id, why),
+        tick=tick or (lambda step, total: None),
+        compiled=lambda pack, make: _once("program", _program_key(pack, first, config), make),
     )  # fmt: skip
-    together.run()
 
 
 def _save(parts: Parts, where: Path, delta: Any) -> None:
@@ -173,14 +150,13 @@ def _once_adapter(section: Mapping[str, Any], about_base: Any, make: Callable[[]
     return _adapters[name]
 
 
-def _program(pack: Pack, parts: Parts, adapter: Any, config: Config, total: int) -> Program:
-    """The compiled program of a pack; packs that differ in the seed share it."""
+def _program_key(pack: Pack, parts: Parts, config: Config) -> Any:
+    """Equal for packs that one compiled program serves; those that differ in the seed do."""
     settings = dataclasses.asdict(config.train)
-    static = {n: settings[n] for n in ("accumulate", "schedule", "b1", "b2", "eps")}
-    key = (pack.signature, dataclasses.asdict(config.model), config.quant, static, total, parts.task.options)
-    method = {n: v for n, v in adapter.spec.items() if n not in ("rank", "alpha", "layers", "targets")}
-    make = lambda: make_program(pack, parts.base.apply, adapter, parts.task, config.train, total)  # noqa: E731
-    return _once("program", (*key, str(method)), make)
+    static = {name: settings[name] for name in ("accumulate", "schedule", "b1", "b2", "eps")}
+    method = {n: v for n, v in parts.adapter.spec.items() if n not in ("rank", "alpha", "layers", "targets")}
+    model = (dataclasses.asdict(config.model), config.quant, list(parts.task.labels or ()))
+    return (pack.signature, *model, static, pack.total, str(method), str(parts.task.options))
 
 
 def _write_cost(folder: Path, count: int, seconds: float) -> None:

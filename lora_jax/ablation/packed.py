@@ -17,10 +17,8 @@ from lora_jax import evaluate, optim
 from lora_jax.ablation.stack import Stacked, stack, unstack
 from lora_jax.adapters import Adapter
 from lora_jax.lift import lift
-from lora_jax.step import TrainState, step_keys, train_step
+from lora_jax.step import TrainState, train_step
 from lora_jax.train_settings import TrainSettings
-
-__all__ = ["Hyper", "Pack", "PackState", "Program", "make_program", "step_keys"]
 
 
 class Hyper(NamedTuple):
@@ -82,6 +80,7 @@ class Pack:
     """The arms of one program: how their deltas become a state, and how they come out of it.
 
     Attributes:
+      total: steps.
       starts: each arm's first delta.
       stacked: all of them.
       mask: of the stacked delta's trainable leaves.
@@ -94,7 +93,7 @@ class Pack:
         settings: of each arm, alike but for the fields of `Hyper`.
         total: steps.
         """
-        self.starts, self._settings, self._total = list(starts), list(settings), total
+        self.starts, self._settings, self.total = list(starts), list(settings), total
         self.stacked: Stacked = stack(starts)
         self.mask = adapter.trainable(self.stacked.delta)
         _, frozen = optim.split(self.stacked.delta, self.mask)
@@ -122,7 +121,7 @@ class Pack:
         everywhere = all(flags.all() for flags in present.values())
         return Hyper(
             learning_rate=column(lambda s: s.learning_rate),
-            warm=column(lambda s: optim.warmup_steps(s.warmup, self._total)),
+            warm=column(lambda s: optim.warmup_steps(s.warmup, self.total)),
             weight_decay=column(lambda s: s.weight_decay),
             clip_norm=column(lambda s: s.clip_norm or jnp.inf),
             lora_plus_ratio=column(lambda s: s.lora_plus_ratio),
