@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.ablation import axes as axes_of
 from lora_jax.ablation import figure, groups, verdicts
 from lora_jax.ablation.figure import Plot
 from lora_jax.ablation.results import Row
@@ -37,7 +38,7 @@ def pareto(
     made = [g for g in figure.finished(groups.grouped(rows, metric), metric) if g.trainable_params]
     if not made:
         raise UserError("no finished arm has trainable_params above 0: there is nothing to draw against")
-    by = [name for name in figure.varying(rows) if name == "adapter.method"] if by is None else list(by)
+    by = [name for name in axes_of.varying(rows) if name == "adapter.method"] if by is None else list(by)
     best = front([(g.trainable_params, g.interval().mean) for g in made], better)
     names = {g.label: name for name, part in figure.series(made, by).items() for g in part}
     extra = [{"group": g.label, "series": names[g.label], "front": i in best} for i, g in enumerate(made)]
