@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax import records
+from lora_jax.ablation import axes as axes_of
 from lora_jax.ablation import results
 from lora_jax.ablation.axes import text, title
 from lora_jax.ablation.groups import Group
@@ -65,9 +66,13 @@ def counts(value: float, _: Any = None) -> str:
     return f"{value:g}"
 
 
-def short(label: str) -> str:
-    """The label of a group on an axis: without the name where one axis alone varies, on lines of its own."""
-    return textwrap.fill(label.partition("=")[2] if label.count("=") == 1 else label, 28)
+def names(made: Sequence[Group]) -> list[str]:
+    """Each group by the axes that tell the groups apart: the value alone where one axis does."""
+    rows = [g.axes for g in made]
+    by = axes_of.free(rows) or list(made[0].axes)
+    if len(by) == 1:
+        return [text(row[by[0]]) for row in rows]
+    return [", ".join(f"{title(name)}={text(row[name])}" for name in by) for row in rows]
 
 
 def style(i: int) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def _selected(told: Told) -> str:
 
 
 def _edges(found: Sequence[Best]) -> str:
-    edge = [f"{one.group.label} ({one.value:g})" for one in found if "value tried" in one.note]
+    edge = [f"{one.group.label} ({one.value:g})" for one in found if one.edge in ("lowest", "highest")]
     if not edge:
         return ""
     return f"WARNING: the best learning rate is at the edge of the search for {_listed(edge, 30)}: too narrow a search."

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.ablation import axes, figure, pareto, plots, results, search
+from lora_jax.ablation import axes, figure, groups, pareto, plots, results, search
 from lora_jax.ablation.figure import Plot
 from lora_jax.ablation.groups import Group
 from lora_jax.ablation.results import Row
@@ -90,7 +90,7 @@ class Gallery:
             self.notes.append(f"{name}: {len(parts) - MOST_PANELS} more of these figures were not drawn ({rest})")
 
     def _left_out(self, rows: Sequence[Row]) -> str:
-        count = sum(row.get("status") != "done" or row.get(self.metric) is None for row in rows)
+        count = sum(not groups.counts(row, self.metric) for row in rows)
         return f" Without {count} arm{'s' * (count > 1)} that failed." if count else ""
 
     def _lines(self, rows: Sequence[Row], names: Sequence[str], x: str, name: str) -> None:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax.ablation import axes, figure, findings, verdicts
+from lora_jax.ablation import axes, figure, findings, groups, verdicts
 from lora_jax.ablation.findings import Told
 from lora_jax.ablation.gallery import Gallery
 from lora_jax.ablation.grid_file import GridFile
-from lora_jax.ablation.groups import Comparison, Group
 from lora_jax.ablation.results import Row
-from lora_jax.ablation.search import OVER, Best
+from lora_jax.ablation.search import OVER
 
 MOST_IN_MARKDOWN = 60
 
@@ -33,7 +32,6 @@ class Page(NamedTuple):
     name: str
     told: Told
     rows: Sequence[Row]
-    judged: Any
     gallery: Gallery
     written: Sequence[Row]
     effects: Sequence[Row]
@@ -62,7 +60,7 @@ def _render(template: str, page: Page) -> str:
         keep_trailing_newline=True,
     )
     env.filters |= {"nice": nice, "uri": uri, "cell": lambda text: nice(text).replace("|", "\\|").replace("\n", " ")}
-    told, found = page.told, page.told.found
+    told = page.told
     return env.get_template(template).render(
         about=page.described,
         name=page.name,
@@ -71,7 +69,7 @@ def _render(template: str, page: Page) -> str:
         better="more" if told.better == "max" else "less",
         supports=findings.supports(told, page.level),
         limits=findings.limits(told, page.level),
-        best=best_table(page.judged.made, told.compared, found, told.metric, told.chosen_by) if found else None,
+        best=best_table(told) if told.found else None,
         effects=effect_table(page.effects),
         table=group_table(page.written, page.rows),
         most=MOST_IN_MARKDOWN,
@@ -124,25 +122,26 @@ def group_table(written: Sequence[Row], rows: Sequence[Row]) -> Table:
     return Table(head, out, {len(names) + i for i in range(4)}, bold)
 
 
-def best_table(
-    made: Sequence[Group], compared: Sequence[Comparison], found: Sequence[Best], metric: str, chosen_by: str
-) -> Table:
-    """Every choice at its best learning rate, the best choice first as the search saw it."""
-    by_axes = {g.label: g for g in made}
-    verdict = {c.first.label: c for c in compared}
-    head = ["choice", "parameters", axes.title(OVER), "tried", "seeds", f"{chosen_by} (chosen by)"]
-    head += [metric] * (metric != chosen_by) + ["p (Holm)", "against the baseline", "the search"]
+def best_table(told: Told) -> Table:
+    """Every choice at its best learning rate, the best choice first."""
+    by_label = {g.label: (g, name) for g, name in zip(told.made, figure.names(told.made))}
+    verdict = {c.first.label: c for c in told.compared}
+    tested = told.metric != told.chosen_by
+    head = ["choice", "parameters", axes.title(OVER), "tried", "seeds", f"{told.chosen_by} (chosen by)"]
+    head += [told.metric] * tested + ["p (Holm)", "against the baseline"]
+    sign = -1 if told.better == "max" else 1
+    place = lambda one: sign * by_label[one.group.label][0].interval().mean  # noqa: E731
     out, bold = [], set()
-    for i, one in enumerate(found):
-        group, against = by_axes[one.group.label], verdict.get(one.group.label)
+    for i, one in enumerate(sorted(told.found, key=place)):
+        (group, name), against = by_label[one.group.label], verdict.get(one.group.label)
         bold |= {i} if against is None else set()
-        tested = [_without_count(group.interval())] * (metric != chosen_by)
         out.append([
-            figure.short(one.group.label), _size(group.trainable_params), axes.text(one.value), str(len(one.tried)),
-            str(len(group.values)), _without_count(one.group.interval()), *tested, _p(against.p if against else None),
-            _short(against.verdict) if against else "the baseline", one.note,
+            name, _size(group.trainable_params), axes.text(one.value) + f" ({one.edge})" * bool(one.edge),
+            str(len(one.tried)), str(len(group.values)), _without_count(one.group.interval()),
+            *[_without_count(group.interval())] * tested, _p(against.p if against else None),
+            _short(against.verdict) if against else "the baseline",
         ])  # fmt: skip
-    return Table(head, out, set(range(1, 7 + (metric != chosen_by))), bold)
+    return Table(head, out, set(range(1, 7 + tested)), bold)
 
 
 def effect_table(effects: Sequence[Row]) -> Table:
@@ -156,7 +155,7 @@ def effect_table(effects: Sequence[Row]) -> Table:
 
 def failed_table(rows: Sequence[Row], metric: str) -> Table:
     """The arms without a result, and why."""
-    bad = [row for row in rows if row.get("status") != "done" or not isinstance(row.get(metric), (int, float))]
+    bad = [row for row in rows if not groups.counts(row, metric)]
     names = axes.varying(rows)
     head = ["arm", *map(axes.title, names), "seed", "status", "reason"]
     out = [[str(row["arm"]), *(axes.text(row.get(name)) for name in names), str(row.get("seed", "")),

@@ -59,7 +59,7 @@ def pareto(
         figure.count_axis(axes, [g.trainable_params for g in made])
         axes.set(xlabel="trainable parameters", ylabel=label)
 
-    caption = f"{label} against trainable parameters. Line: the Pareto front. {figure.bands(made, level, 'Bar')}"
+    caption = f"{label} against trainable parameters. Line: the front of the means. {figure.bands(made, level, 'Bar')}"
     return figure.draw(path, out, caption, paint, key=figure.key(by))
 
 

@@ -4,6 +4,7 @@ Bands and bars are Student t intervals over seeds; a mean of one seed has none, 
 title: the caption comes with the result.
 """
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def dots(
         axes.errorbar(mean, up, xerr=half, fmt="o", color=figure.COLOURS[0], elinewidth=0.8, capsize=2, zorder=3)
         if base is not None and base.values:
             axes.axvline(scale * base.interval(level).mean, color=figure.GREY, lw=0.8, ls=":", zorder=1)
-        axes.set_yticks(up, [figure.short(g.label) for g in shown])
+        axes.set_yticks(up, [textwrap.fill(name, 28) for name in figure.names(shown)])
         axes.tick_params(axis="y", length=0)
         axes.set(xlabel=label, ylim=(-0.6, len(shown) - 0.4))
 

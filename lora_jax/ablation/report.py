@@ -64,7 +64,7 @@ def write(
     rows = _rows(folder, described)
     metric = _metric(rows, described, metric)
     better = verdicts.better_is(metric, described.better if metric == described.metric else None)
-    numbers = any(_has_number(row, metric) for row in rows)
+    numbers = any(groups.counts(row, metric) for row in rows)
     judged = _judge(rows, metric, better, baseline, described, level) if numbers else None
     gallery = Gallery(folder, folder / PLOTS, metric, better)
     told = _told(folder, rows, metric, better, judged, described)
@@ -74,7 +74,7 @@ def write(
     written = _groups_csv(folder, rows, metric, better, judged, level)
     by_axis = effects.table(told.effects)
     records.write_atomic(folder / "effects.csv", results.to_csv(by_axis, list(by_axis[0]) if by_axis else ["axis"]))
-    page = pages.Page(described, folder.absolute().name, told, rows, judged, gallery, written, by_axis, level)
+    page = pages.Page(described, folder.absolute().name, told, rows, gallery, written, by_axis, level)
     out = [folder / name for name in ("report.html", "report.md", "groups.csv", "effects.csv")]
     records.write_atomic(out[0], pages.html(page))
     records.write_atomic(out[1], pages.markdown(page))
@@ -103,10 +103,6 @@ def _metric(rows: Sequence[Row], described: GridFile, given: str | None) -> str:
     if known and wanted not in known:
         raise UserError(f"no arm has the metric {wanted!r}; {did_you_mean(wanted, known)}")
     return wanted
-
-
-def _has_number(row: Row, metric: str) -> bool:
-    return row.get("status") == "done" and isinstance(row.get(metric), (int, float))
 
 
 def _judge(
@@ -157,7 +153,7 @@ def _told(
 ) -> Told:
     ran = {row["arm"] for row in rows}
     missing = sum(arm.get("id") not in ran for arm in described.arms)
-    failed = sum(not _has_number(row, metric) for row in rows)
+    failed = sum(not groups.counts(row, metric) for row in rows)
     shown = judged.metric if judged else metric
     split = shown.partition(".")[0]
     return Told(

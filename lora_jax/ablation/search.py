@@ -13,21 +13,23 @@ import numpy as np
 from scipy import special
 
 from lora_jax.ablation import groups, results
-from lora_jax.ablation.axes import text
 from lora_jax.ablation.groups import Group
 from lora_jax.ablation.results import Row
-from lora_jax.errors import UserError
 
 OVER = "train.learning_rate"
 
 
 class Best(NamedTuple):
-    """One choice at the best value of its search: the group there, and how the search went."""
+    """One choice at the best value of its search: the group there, what was tried, at which values arms failed.
+
+    `edge` is 'lowest' or 'highest' where the best value is at an end of the search, 'only' where there was no search.
+    """
 
     group: Group
     value: Any
     tried: tuple[Any, ...]
-    note: str
+    edge: str = ""
+    failed: tuple[Any, ...] = ()
 
 
 def search(rows: Sequence[Row], metric: str, better: str, over: str = OVER) -> list[Best]:
@@ -100,19 +102,15 @@ def _choose(made: Sequence[Group], better: str) -> Group | None:
 
 
 def _best(group: Group, chosen: Group, made: Sequence[Group], over: str) -> Best:
-    values = tuple(g.axes[over] for g in made)
-    tried = tuple(sorted(values)) if all(isinstance(v, (int, float)) for v in values) else values
-    value = chosen.axes[over]
-    notes = []
+    values = [g.axes[over] for g in made]
+    ordered = all(isinstance(v, (int, float)) for v in values)
+    tried = tuple(sorted(values) if ordered else values)
+    value, edge = chosen.axes[over], ""
     if len(tried) < 2:
-        notes.append("one value only: nothing was searched")
-    elif value in (tried[0], tried[-1]) and all(isinstance(v, (int, float)) for v in tried):
-        side = "lowest" if value == tried[0] else "highest"
-        notes.append(f"the {side} value tried: a better one may lie beyond, widen the search")
-    broken = [text(g.axes[over]) for g in made if g.left_out]
-    if broken:
-        notes.append(f"arms failed at {', '.join(broken)}")
-    return Best(group, value, tried, "; ".join(notes))
+        edge = "only"
+    elif ordered and value in (tried[0], tried[-1]):
+        edge = "lowest" if value == tried[0] else "highest"
+    return Best(group, value, tried, edge, tuple(g.axes[over] for g in made if g.left_out))
 
 
 def _key(row: Any, names: Sequence[str]) -> tuple[str, ...]:
@@ -121,14 +119,3 @@ def _key(row: Any, names: Sequence[str]) -> tuple[str, ...]:
 
 def _same(a: Any, b: Any) -> bool:
     return results.encode(a) == results.encode(b)
-
-
-def baseline(found: Sequence[Best], wanted: Any) -> Group:
-    """The choice to compare with: by label or axes; what `wanted` says of the searched column is not asked.
-
-    Raises:
-      UserError: none, or several.
-    """
-    if not found:
-        raise UserError("no choice has a finished arm: there is nothing to compare with")
-    return groups.find([one.group for one in found], wanted)

@@ -108,11 +108,8 @@ def test_methods_are_compared_at_their_best_and_by_the_test_split(tmp_path):
     part = text[text.index("## Each choice at its best learning rate") : text.index("All 40 groups")]
     lines = {line.split(" | ")[0][2:]: line for line in part.splitlines() if line.startswith("| ")}
     assert len(lines) == 11 and "| 0.001 | 4 | 3 |" in lines["lora"] and "| the baseline |" in lines["lora"]
-    assert (
-        "| 0.0003 |" in lines["full"]
-        and "the lowest value tried" in lines["full"]
-        and "failed at 0.01" in lines["full"]
-    )
+    assert "| 0.0003 (lowest) |" in lines["full"] and "| 0.01 (highest) |" in lines["ia3"]
+    assert list(lines)[-1] == "head", "the best choice first"
     assert "worse by 0.1" in lines["head"] and "test.accuracy" in lines["choice"]
     assert "Against the baseline method=lora" in text and "WARNING" in text and "compared by test.accuracy" in text
     assert "| a0021 | full | 0.01 | 0 | failed | diverged: the loss is NaN at step 12 |" in text
