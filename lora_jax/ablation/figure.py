@@ -68,11 +68,15 @@ def counts(value: float, _: Any = None) -> str:
 
 def names(made: Sequence[Group]) -> list[str]:
     """Each group by the axes that tell the groups apart: the value alone where one axis does."""
-    rows = [g.axes for g in made]
-    by = axes_of.free(rows) or list(made[0].axes)
+    by = apart(made)
     if len(by) == 1:
-        return [text(row[by[0]]) for row in rows]
-    return [", ".join(f"{title(name)}={text(row[name])}" for name in by) for row in rows]
+        return [text(g.axes[by[0]]) for g in made]
+    return [", ".join(f"{title(name)}={text(g.axes[name])}" for name in by) for g in made]
+
+
+def apart(made: Sequence[Group]) -> list[str]:
+    """The axes that tell groups apart."""
+    return axes_of.free([g.axes for g in made]) or list(made[0].axes)
 
 
 def style(i: int) -> dict[str, Any]:

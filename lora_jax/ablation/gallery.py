@@ -66,8 +66,8 @@ class Gallery:
         for x, name in ((RANK, "rank"), (OVER, "learning_rate")):
             self._lines(rows, names, x, name)
         self._maps(rows, names)
-        self._dots(rows, names, made, base, judge if found else "")
         best = search.at_best(rows, found) if found else rows
+        self._dots(best, names, made, base, judge if found else "")
         self._pareto(best)
         self._curves(best, base.axes if base else {})
 

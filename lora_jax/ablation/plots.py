@@ -169,6 +169,7 @@ def dots(
     """
     shown = figure.finished(made, metric)
     out = [figure.point(g, metric, level, {"group": g.label}) for g in shown]
+    by = figure.apart(shown)
     label, scale = figure.measure(metric)
 
     def paint(axes: Any) -> None:
@@ -180,7 +181,7 @@ def dots(
             axes.axvline(scale * base.interval(level).mean, color=figure.GREY, lw=0.8, ls=":", zorder=1)
         axes.set_yticks(up, [textwrap.fill(name, 28) for name in figure.names(shown)])
         axes.tick_params(axis="y", length=0)
-        axes.set(xlabel=label, ylim=(-0.6, len(shown) - 0.4))
+        axes.set(xlabel=label, ylabel=title(by[0]) if len(by) == 1 else "", ylim=(-0.6, len(shown) - 0.4))
 
     line = f" Dotted: the baseline, {base.label}." if base is not None and base.values else ""
     caption = f"{label} of every choice. {figure.bands(shown, level, 'Bar')}{line}"
