@@ -8,12 +8,14 @@ window, no global state.
 import math
 import os
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax import records
+from lora_jax.ablation import axes as axes_of
 from lora_jax.ablation import results
+from lora_jax.ablation.axes import text, title
 from lora_jax.ablation.groups import Group
 from lora_jax.ablation.results import Row
 from lora_jax.ablation.statistics import Interval
@@ -62,6 +64,19 @@ def counts(value: float, _: Any = None) -> str:
         if value >= size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"
+
+
+def names(made: Sequence[Group]) -> list[str]:
+    """Each group by the axes that tell the groups apart: the value alone where one axis does."""
+    by = apart(made)
+    if len(by) == 1:
+        return [text(g.axes[by[0]]) for g in made]
+    return [", ".join(f"{title(name)}={text(g.axes[name])}" for name in by) for g in made]
+
+
+def apart(made: Sequence[Group]) -> list[str]:
+    """The axes that tell groups apart."""
+    return axes_of.free([g.axes for g in made]) or list(made[0].axes)
 
 
 def style(i: int) -> dict[str, Any]:
@@ -115,22 +130,39 @@ def _legend(figure: Any, axes: Any, key: str) -> float:
     labels = [textwrap.fill(label, 45) for label in labels]
     widest = max(len(part) for label in labels for part in label.split("\n"))
     columns = max(1, min(len(labels), math.floor(WIDTH / (0.45 + 0.062 * widest))))  # a handle; a letter of 7 points
+    rows = math.ceil(len(labels) / columns)
+    # matplotlib fills columns; a reader reads rows.
+    order = [i for c in range(columns) for i in range(c, len(labels), columns)] if rows > 1 else range(len(labels))
     legend = figure.legend(
-        handles, labels, loc="outside upper left", ncols=columns, title=key or None, title_fontsize=7
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="outside upper left",
+        ncols=columns,
+        title=key or None,
+        title_fontsize=7,
     )
     legend.set_alignment("left")
     lines = sum(label.count("\n") + 1 for label in labels) / columns
     return 0.15 * (math.ceil(lines) + bool(key))
 
 
-def line(axes: Any, at: Sequence[float], over: Sequence[Interval], scale: float, i: int, label: str | None) -> None:
+def line(
+    axes: Any,
+    at: Sequence[float],
+    over: Sequence[Interval],
+    scale: float,
+    i: int,
+    label: str | None,
+    band: bool = True,
+) -> None:
     """The i-th series: means joined by a line, and a band where there is an interval."""
     some = max(1, math.ceil(len(at) / 8))
     axes.plot(at, [scale * o.mean for o in over], label=label, zorder=3, markevery=some, **style(i))
     low, high = (
         [scale * (o.mean + sign * o.half) if o.half is not None else math.nan for o in over] for sign in (-1, 1)
     )
-    axes.fill_between(at, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.15, linewidth=0)
+    if band:
+        axes.fill_between(at, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.15, linewidth=0)
 
 
 def count_axis(axes: Any, values: Sequence[float]) -> None:
@@ -155,12 +187,6 @@ def numbers(axes: Any, image: Any, grid: Sequence[Sequence[float]]) -> None:
                 red, green, blue, _ = image.cmap(image.norm(value))
                 dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
                 axes.text(x, y, f"{value:.{digits}f}", ha="center", va="center", fontsize=6, color="w" if dark else "k")
-
-
-def varying(rows: Sequence[Row]) -> list[str]:
-    """The axes, but the seed, in which the rows differ."""
-    names = [name for name in results.columns(rows) if results.is_axis(name) and name != "seed"]
-    return [name for name in names if len({results.encode(row.get(name)) for row in rows}) > 1]
 
 
 def finished(made: Sequence[Group], metric: str) -> list[Group]:
@@ -188,25 +214,6 @@ def series(made: Sequence[Group], by: Sequence[str]) -> dict[str, list[Group]]:
 def key(by: Sequence[str]) -> str:
     """The legend's title for `series`."""
     return ", ".join(title(name) for name in by)
-
-
-def text(value: Any) -> str:
-    """A value of an axis as a reader wants it: lists without brackets, None as 'default'."""
-    if value is None:
-        return "default"
-    return "+".join(text(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
-
-
-def values(column: Iterable[Any]) -> list[str]:
-    """The values of a column once each: numbers by size, anything else as it comes."""
-    found = list(dict.fromkeys(tuple(v) if isinstance(v, list) else v for v in column))
-    ordered = sorted(found) if all(isinstance(v, (int, float)) for v in found) else found
-    return [text(v) for v in ordered]
-
-
-def title(column: str) -> str:
-    """'adapter.learning_rate' -> 'learning rate'."""
-    return column.rsplit(".", 1)[-1].replace("_", " ")
 
 
 def point(g: Group, metric: str, level: float, where: Row) -> Row:

@@ -75,19 +75,25 @@ def _group(rows: Sequence[Row], metric: str, axes: Sequence[str], varying: Seque
     arms: dict[Any, str] = {}
     left_out = []
     for row in rows:
-        seed, value = row.get("seed"), row.get(metric)
+        seed = row.get("seed")
         if seed in arms:
             raise UserError(
                 f"the arms {arms[seed]} and {row['arm']} ({label}) both have the seed {seed}: the axis that tells them "
                 "apart must be a column"
             )
         arms[seed] = row["arm"]
-        if row.get("status") == "done" and value is not None and math.isfinite(value):
-            values[seed] = float(value)
+        if counts(row, metric):
+            values[seed] = float(row[metric])
         else:
             left_out.append(f"{row['arm']} (seed {seed}): {_why(row, metric)}")
     sizes = {row.get("trainable_params") for row in rows} - {None}
     return Group(label, {n: rows[0].get(n) for n in axes}, values, tuple(left_out), *(sizes if len(sizes) == 1 else ()))
+
+
+def counts(row: Row, metric: str) -> bool:
+    """Whether an arm is done and has a finite number there."""
+    value = row.get(metric)
+    return row.get("status") == "done" and isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _why(row: Row, metric: str) -> str:

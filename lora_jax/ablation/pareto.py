@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.ablation import axes as axes_of
 from lora_jax.ablation import figure, groups, verdicts
 from lora_jax.ablation.figure import Plot
 from lora_jax.ablation.results import Row
@@ -37,7 +38,7 @@ def pareto(
     made = [g for g in figure.finished(groups.grouped(rows, metric), metric) if g.trainable_params]
     if not made:
         raise UserError("no finished arm has trainable_params above 0: there is nothing to draw against")
-    by = [name for name in figure.varying(rows) if name == "adapter.method"] if by is None else list(by)
+    by = [name for name in axes_of.varying(rows) if name == "adapter.method"] if by is None else list(by)
     best = front([(g.trainable_params, g.interval().mean) for g in made], better)
     names = {g.label: name for name, part in figure.series(made, by).items() for g in part}
     extra = [{"group": g.label, "series": names[g.label], "front": i in best} for i, g in enumerate(made)]
@@ -58,7 +59,7 @@ def pareto(
         figure.count_axis(axes, [g.trainable_params for g in made])
         axes.set(xlabel="trainable parameters", ylabel=label)
 
-    caption = f"{label} against trainable parameters. Line: the Pareto front. {figure.bands(made, level, 'Bar')}"
+    caption = f"{label} against trainable parameters. Line: the front of the means. {figure.bands(made, level, 'Bar')}"
     return figure.draw(path, out, caption, paint, key=figure.key(by))
 
 

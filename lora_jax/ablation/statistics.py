@@ -172,6 +172,17 @@ def seeds_needed(difference: float, sd: float, level: float = LEVEL, chance: flo
     return high
 
 
+def smallest_found(sd: float, n: int, level: float = LEVEL, chance: float = 0.8) -> float:
+    """The smallest true difference that a paired t test over n >= 2 seeds finds with this `chance`; see `power`."""
+    low, high = 0.0, sd
+    while power(high, sd, n, level) < chance:
+        low, high = high, 2 * high
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(middle, sd, n, level) >= chance else (middle, high)
+    return high
+
+
 def noise_floor(replicates: Sequence[float], seeds: int, level: float = LEVEL) -> NoiseFloor:
     """The difference between two means of `seeds` runs each that one configuration shows against itself.
 

@@ -135,6 +135,57 @@ def test_learning_curves_are_means_over_seeds_of_metrics_files(tmp_path, drawn):
     assert [row["dev.loss"] for row in table(plot)][:3] == ["2.0", "1.5", "1.25"]
 
 
+def test_many_curves_have_no_bands_and_the_caption_says_where_the_intervals_are(tmp_path, drawn):
+    rows = [{"label": f"{k}", "seed": s, "step": t, "split": "dev", "loss": k + s + 1 / t}
+            for k in range(5) for s in (0, 1) for t in (1, 2)]  # fmt: skip
+    plot = plots.learning_curves(rows, tmp_path / "five.png", "loss", key="rank")
+    assert not drawn[0].axes[0].collections and drawn[0].legends[0].get_title().get_text() == "rank"
+    assert plot.caption.endswith("Means over 2 seeds; the intervals are in the CSV.") and table(plot)[0]["low"]
+    plot = plots.learning_curves(rows[:16], tmp_path / "four.png", "loss")
+    assert len(drawn[1].axes[0].collections) == 4 and "Band: 95 %" in plot.caption
+
+
+def test_dots_show_groups_from_top_to_bottom_with_the_baseline(tmp_path, drawn):
+    made = groups.grouped(arms(ranks=(4,), layers=([0], "last:1", "all")), M)
+    plot = plots.dots(made, tmp_path / "dots.png", M, base=made[2])
+    axes = drawn[0].axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "last:1", "all"] and axes.get_ylabel() == "layers"
+    assert list(axes.get_yticks()) == [2, 1, 0]
+    np.testing.assert_allclose(axes.lines[0].get_xdata(), [100 * g.interval().mean for g in made])
+    [bars] = axes.collections
+    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [100 * (made[0].interval().mean + s * made[0].interval().half)
+                                                              for s in (-1, 1)])  # fmt: skip
+    assert axes.lines[-1].get_xdata()[0] == 100 * made[2].interval().mean
+    assert (
+        plot.caption.endswith("Dotted: the baseline, layers=all.")
+        and [r["group"] for r in table(plot)][2] == "layers=all"
+    )
+    assert "Dotted" not in plots.dots(made, tmp_path / "none.png", M).caption
+
+
+def test_groups_are_named_by_what_tells_them_apart():
+    rows = [{**row, "adapter.alpha": 2 * row["adapter.rank"]} for row in arms()]
+    assert figure.names(groups.grouped(rows, M))[:2] == ["rank=1, layers=last:1", "rank=1, layers=all"]
+    assert figure.names(groups.grouped([row for row in rows if row["adapter.layers"] == "all"], M)) == ["1", "4", "16"]
+
+
+def test_a_legend_reads_along_its_lines(tmp_path, drawn):
+    rows = [{"label": f"choice {k}", "seed": 0, "step": t, "split": "dev", "loss": k} for k in range(5) for t in (1, 2)]
+    plots.learning_curves(rows, tmp_path / "x.png", "loss")
+    legend = drawn[0].legends[0]
+    drawn[0].canvas.draw()
+    places = {t.get_text(): t.get_window_extent() for t in legend.get_texts()}
+    order = sorted(places, key=lambda name: (-round(places[name].y0), places[name].x0))
+    assert order == [f"choice {k}" for k in range(5)] and len({round(p.y0) for p in places.values()}) == 2
+
+
+def test_layers_rise_and_other_rows_fall(tmp_path, drawn):
+    rows = [{**row, "adapter.method": row["adapter.layers"]} for row in arms()]
+    plots.heat_map(rows, tmp_path / "a.png", M, x="adapter.rank", y="adapter.layers")
+    plots.heat_map(rows, tmp_path / "b.png", M, x="adapter.rank", y="adapter.method")
+    assert [f.axes[0].images[0].origin for f in drawn] == ["lower", "upper"]
+
+
 def test_axes_have_units():
     labels = [
         figure.measure(m)[0] for m in ("test.macro_f1", "peak_memory_mb", "dev.tokens_per_second", "test.bleu", "x.y")

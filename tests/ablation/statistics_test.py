@@ -75,6 +75,13 @@ def test_power_is_that_of_the_noncentral_t(n, effect, level):
     assert math.isclose(statistics.power(-2 * effect, 2.0, n, level), expected, abs_tol=1e-4)
 
 
+def test_the_smallest_difference_found_has_that_power():
+    size = statistics.smallest_found(0.02, 5, level=0.01, chance=0.8)
+    assert math.isclose(statistics.power(size, 0.02, 5, 0.01), 0.8, abs_tol=1e-3)
+    assert statistics.smallest_found(0.02, 20) < statistics.smallest_found(0.02, 5) < size
+    assert statistics.seeds_needed(statistics.smallest_found(1.0, 9) * 1.001, 1.0) == 9
+
+
 def test_known_numbers_of_seeds():
     """34 pairs for an effect of half a standard deviation: Cohen, and G*Power's manual."""
     assert statistics.seeds_needed(0.5, 1.0) == 34
