@@ -4,12 +4,14 @@ python -m experiments.ablate --config=configs/ablations/rank.py --workdir=runs/r
 """
 
 import functools
+import shlex
+import sys
 
 from absl import flags
 
 from experiments import launch, shown, workdir
 from lora_jax import config as config_lib
-from lora_jax.ablation import expand, planner, run, survey
+from lora_jax.ablation import describe, expand, planner, report, run, survey
 from lora_jax.errors import UserError
 
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the arms and what they cost, and train nothing.")
@@ -18,30 +20,27 @@ MEMORY = flags.DEFINE_float("memory_gb", None, "Memory for the arms of a pack; h
 
 
 def main() -> None:
-    cfg, spec = launch.config(), launch.config_file()
-    if spec is None:
+    cfg, file = launch.config(), launch.config_file()
+    if file is None:
         raise UserError("--config=FILE is needed: an ablation, such as configs/ablations/rank.py")
-    arms = expand(
-        launch.load_sweep(spec, cfg),
-        functools.partial(config_lib.variant, cfg, overrides=launch.overrides()),
-        launch.overrides(),
-    )
+    if TOGETHER.value < 1:
+        raise UserError(f"--arms_together={TOGETHER.value}: expected at least 1, which trains each arm by itself")
+    variant = functools.partial(config_lib.variant, cfg, overrides=launch.overrides())
+    arms = expand(launch.load_sweep(file, cfg), variant, launch.overrides())
     if DRY_RUN.value:
         print(survey.table(arms, survey.survey(arms)))
         return
-    folder = workdir.path()
-    if TOGETHER.value < 1:
-        raise UserError(f"--arms_together={TOGETHER.value}: expected at least 1, which trains each arm by itself")
+    folder, config, shapes = workdir.path(), variant({})[1], run.Shapes()
     shown.banner(folder)
-    rows = run.run(
-        arms, folder, most=TOGETHER.value, memory=None if MEMORY.value is None else MEMORY.value * 1e9, echo=say
-    )
+    described = describe.describe(
+        arms, config, *shapes.task(config), question=launch.docstring(file),
+        command=shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]]),
+    )  # fmt: skip
+    memory = None if MEMORY.value is None else MEMORY.value * 1e9
+    rows = run.run(arms, folder, described, most=TOGETHER.value, memory=memory, shapes=shapes)
     failed = sum(row["status"] == "failed" for row in rows)
-    print(f"\n{len(rows) - failed} arms done, {failed} failed; {folder / run.RESULTS}")
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
+    written = report.write(folder)
+    print(f"\n{len(rows) - failed} arms done, {failed} failed: {folder / 'results.csv'}\nopen {written[0]}")
 
 
 if __name__ == "__main__":

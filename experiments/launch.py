@@ -4,6 +4,7 @@
 that saved.
 """
 
+import ast
 import importlib.util
 import inspect
 import logging
@@ -149,6 +150,11 @@ def load_sweep(spec: str, cfg: ConfigDict) -> Grid:
         return from_sweep(module.sweep, cfg)
     except Exception as error:
         raise UserError(_config_failed(path, error)) from error
+
+
+def docstring(spec: str) -> str:
+    """What a config file says of itself."""
+    return ast.get_docstring(ast.parse(Path(spec.partition(":")[0]).read_text(encoding="utf-8"))) or ""
 
 
 def _run_file(spec: str) -> Any:

@@ -153,7 +153,8 @@ def test_dots_show_groups_from_top_to_bottom_with_the_baseline(tmp_path, drawn):
     assert list(axes.get_yticks()) == [2, 1, 0]
     np.testing.assert_allclose(axes.lines[0].get_xdata(), [100 * g.interval().mean for g in made])
     [bars] = axes.collections
-    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [100 * (made[0].interval().mean + s * made[0].interval().half)
+    mean, half = made[0].interval().mean, made[0].interval().half
+    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [100 * (mean + s * half)
                                                               for s in (-1, 1)])  # fmt: skip
     assert axes.lines[-1].get_xdata()[0] == 100 * made[2].interval().mean
     assert (
