@@ -1,12 +1,12 @@
 """Bottleneck adapters: a small two-layer network at a layer's output, `y + up(f(down(y)))`, `y = W x + b`.
 
-Houlsby, Giurgiu, Jastrzebski, Morrone, de Laroussilhe, Gesmundo, Attariyan, Gelly (2019), "Parameter-Efficient Transfer
-Learning for NLP", arXiv:1902.00751, section 2: two a layer, after the attention's and the feed-forward network's output
-projection, before the residual sum, with the layer norms trained beside them (`norms`). `placement='pfeiffer'`: one,
-after the feed-forward network (Pfeiffer, Kamath, Ruckle, Cho, Gurevych 2021, arXiv:2005.00247). `placement='parallel'`
-feeds the network with the layer's input instead, `y + s up(f(down(x)))` (He, Zhou, Ma, Berg-Kirkpatrick, Neubig 2022,
-arXiv:2110.04366, section 4.2; there around the whole feed-forward network, here around its last matrix, since what
-stands at a site sees that layer alone).
+Houlsby, Giurgiu, Jastrzebski, Morrone, de Laroussilhe, Gesmundo, Attariyan, Gelly (2019), "Parameter-Efficient
+Transfer Learning for NLP", arXiv:1902.00751, section 2: two a layer, after the attention's and the feed-forward
+network's output projection, before the residual sum; the layer norms that train beside them there are `layernorm` in a
+chain. `placement='pfeiffer'`: one, after the feed-forward network (Pfeiffer, Kamath, Ruckle, Cho, Gurevych 2021,
+arXiv:2005.00247). `placement='parallel'` feeds the network with the layer's input instead, `y + s up(f(down(x)))` (He,
+Zhou, Ma, Berg-Kirkpatrick, Neubig 2022, arXiv:2110.04366, section 4.2; there around the whole feed-forward network,
+here around its last matrix, since what stands at a site sees that layer alone).
 
 `down` is drawn from N(0, 0.01**2) cut at two standard deviations, as the paper does; `up` starts at zero and not near
 zero, so that the first output is the base's exactly.
