@@ -105,7 +105,7 @@ def _host() -> jax.Device | None:
 
 def make_adapter(config: Config, base: models.Base) -> Adapter:
     """The method, and beside it the task's head, trained in place where the method itself leaves it alone."""
-    adapter = adapters.get(config.adapter.method)(**_with_ids(config.adapter.arguments, base))
+    adapter = adapters.from_spec({"method": config.adapter.method, **_with_ids(config.adapter.arguments, base)})
     if config.adapter.head == "none" or base.num_labels is None:
         return adapter
     head = adapters.get("head")
@@ -158,6 +158,8 @@ def _linear(base: models.Base) -> list[str]:
 
 def _with_ids(arguments: Mapping[str, Any], base: models.Base) -> dict[str, Any]:
     """A method's arguments, a text for `init_tokens` as the ids of the run's tokenizer, without special tokens."""
+    if "adapters" in arguments:  # of a chain, each its own
+        return {**arguments, "adapters": [_with_ids(one, base) for one in arguments["adapters"]]}
     text = arguments.get("init_tokens")
     if not isinstance(text, str):
         return dict(arguments)

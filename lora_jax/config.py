@@ -53,7 +53,9 @@ def default() -> ConfigDict:
     cfg.adapter.targets = placeholder(object)  # patterns on whole paths, or roles: 'q,v'
     cfg.adapter.layers = placeholder(object)  # all, last:4, first:4, [0, 3]
     cfg.adapter.head = "full"  # full: the task's head trains beside any method; none: it stays as it is
-    cfg.adapter.options = ConfigDict()  # a method's own: --config.adapter.options.dropout=0.1
+    # A method's own: --config.adapter.options.dropout=0.1. Of a chain its members: adapters=lora,layernorm, or
+    # adapters="[{'method': 'lora', 'targets': 'q,v', 'rank': 4}, {'method': 'bottleneck', 'targets': 'down'}]".
+    cfg.adapter.options = ConfigDict()
 
     cfg.train = ConfigDict()
     cfg.train.steps = 0  # optimizer steps; set this or epochs, and where neither is set it is DEFAULT_STEPS

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_jax import adapters, quant, tasks
+from lora_jax.adapters.chain import USUAL
 from lora_jax.errors import UserError, did_you_mean
 from lora_jax.sites import parse_layers, parse_patterns
 from lora_jax.train_settings import SHOWN_ONLY, TrainSettings
@@ -24,6 +25,7 @@ COMMON = (
 )  # fields of `adapter` itself; any other parameter of a method is an option
 # Beginnings of the fields that change what is shown and kept, not what is computed.
 SHOWN = ("log.", "generate.", *(f"train.{name}" for name in SHOWN_ONLY))
+MEMBERS = "adapters"  # the option of a chain that names its members
 DEFAULT = "default"  # in `adapter`: the method's own value, as if unset
 
 
@@ -89,7 +91,10 @@ class Adapter:
 
     def __post_init__(self):
         _check(self.head in ("full", "none"), "adapter.head", self.head, "full or none")
-        checks = {"rank": _check_rank, "alpha": _check_alpha, "targets": _check_targets, "layers": _check_layers}
+        checks = {
+            "rank": _check_rank, "alpha": _check_alpha, "targets": _check_targets, "layers": _check_layers,
+            MEMBERS: _check_members,
+        }  # fmt: skip
         for name, value in self.arguments.items():
             if name in checks:
                 checks[name](value)
@@ -179,14 +184,28 @@ def choose_adapter(section: Mapping[str, Any], overrides: Collection[str] = ()) 
         if f"adapter.{field}" in overrides or misspelt:
             raise UserError(message)
         notes.append(f"adapter.{field}={value!r} has no effect: the method {method!r} does not have it")
+    if MEMBERS in known:
+        arguments[MEMBERS] = _members(arguments.get(MEMBERS, USUAL))
     return Adapter(method=method, head=section["head"], arguments=arguments, notes=tuple(notes))
 
 
 def _parameters(method: str) -> set[str]:
     parameters = inspect.signature(adapters.get(method)).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        raise UserError(f"adapter.method={method!r} combines other adapters; from a config, choose one of them")
-    return {p.name for p in parameters}
+    return {MEMBERS if p.kind is p.VAR_POSITIONAL else p.name for p in parameters}
+
+
+def _members(value: Any) -> list[dict[str, Any]]:
+    """The members of a chain as specs: names with commas between them, or a list of names and {'method': ..., ...}."""
+    value = _literal(value)
+    listed = value.split(",") if isinstance(value, str) else value
+    form = "'lora,bottleneck', or a list such as [{'method': 'lora', 'targets': 'q,v'}, 'layernorm']"
+    _check(isinstance(listed, (list, tuple)) and len(listed) > 0, f"adapter.options.{MEMBERS}", value, form)
+    out = []
+    for one in listed:
+        one = {"method": one.strip()} if isinstance(one, str) else one
+        _check(isinstance(one, Mapping) and "method" in one, f"adapter.options.{MEMBERS}", one, form)
+        out.append({name: v for name, v in one.items() if v is not None and v != DEFAULT})
+    return out
 
 
 def _literal(value: Any) -> Any:
@@ -232,6 +251,19 @@ def _check_targets(value: Any) -> None:
         value,
         "patterns on whole paths, or roles, as in 'q,v'",
     )
+
+
+def _check_members(value: Any) -> None:
+    """Each as if it were the run's method, in the words of the whole list."""
+    for one in value:
+        method, given = one["method"], {name: v for name, v in one.items() if name != "method"}
+        known = _parameters(method)
+        for name in given:
+            if name not in known:
+                raise UserError(
+                    f"adapter.options.{MEMBERS}: the method {method!r} has no {name!r}; {did_you_mean(name, known)}"
+                )
+        Adapter(method=method, head="none", arguments=given)
 
 
 def _check_layers(value: Any) -> None:

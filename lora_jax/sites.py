@@ -117,7 +117,7 @@ def parse_patterns(targets: str | Sequence[str]) -> list[str]:
     """One pattern, a comma-separated string of them, or a sequence -> a list of patterns."""
     if isinstance(targets, str):
         targets = [targets]
-    if not all(isinstance(t, str) for t in targets):
+    if not isinstance(targets, Sequence) or not all(isinstance(t, str) for t in targets):
         raise UserError(f"targets must be patterns (strings), got {targets!r}")
     # A comma inside a regular expression stands in brackets or braces; only the others separate patterns.
     split = [piece for t in targets for piece in re.split(r",(?![^({\[]*[)}\]])", t)]

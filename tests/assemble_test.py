@@ -1,5 +1,7 @@
 """Which sites train: the method's, and the task's head beside it."""
 
+import json
+
 import jax
 import pytest
 
@@ -51,8 +53,21 @@ def test_targets_written_as_one_string_are_several(classifier):
 
 @pytest.mark.parametrize("name", adapters.methods())
 def test_every_method_can_be_chosen_by_name(classifier, name):
-    if name != "chain":
-        assert chosen(classifier, method=name)
+    assert chosen(classifier, method=name)
+
+
+def test_a_chain_has_its_members_and_the_head_beside_them(classifier):
+    got = chosen(classifier, method="chain")
+    assert sorted(got.values()) == ["Bottleneck"] * 2 + ["Full"] + ["LoRA"] * 8
+    cfg = config.default()
+    cfg.adapter.method, cfg.adapter.options.adapters = (
+        "chain",
+        [{"method": "prompt", "init_tokens": "The"}, "layernorm"],
+    )
+    parts = assemble.assemble(config.resolve(config.from_dict(json.loads(json.dumps(cfg.to_dict())))))
+    prompt, norms = parts.adapter.spec["adapters"]
+    assert prompt["init_tokens"] == parts.base.tokenizer("The", add_special_tokens=False)["input_ids"]
+    assert norms["method"] == "layernorm"
 
 
 def started(**overrides):

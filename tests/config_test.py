@@ -138,7 +138,6 @@ def test_config_files_that_fail(capsys, tmp_path, body, message):
     ("argument", "message"),
     [
         ("--config.adapter.method=lroa", "no method 'lroa'; did you mean 'lora'"),
-        ("--config.adapter.method=chain", "combines other adapters"),
         ("--config.task.name=clasification", "no task 'clasification'; did you mean 'classification'"),
         ("--config.task.options.templte=x", "has no such option; did you mean 'template'"),
         ("--config.adapter.rank=0", "rank 0 everywhere leaves nothing to train"),
@@ -163,6 +162,40 @@ def test_config_files_that_fail(capsys, tmp_path, body, message):
 def test_mistakes_in_values(argument, message):
     with pytest.raises(UserError) as error:
         resolved(argument)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "members"),
+    [
+        ("", [{"method": "lora", "targets": "q,k,v,o"}, {"method": "bottleneck", "targets": "down"}]),
+        ("lora, layernorm", [{"method": "lora"}, {"method": "layernorm"}]),
+        (
+            "[{'method': 'lora', 'rank': 4, 'layers': 'default'}, 'bitfit']",
+            [{"method": "lora", "rank": 4}, {"method": "bitfit"}],
+        ),
+    ],
+)
+def test_a_chain_by_flags(argument, members):
+    given = [f"--config.adapter.options.adapters={argument}"] if argument else []
+    got = resolved("--config.adapter.method=chain", "--config.adapter.targets=default", *given)
+    assert got.adapter.arguments == {"adapters": members}
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("lora,botleneck", "no method 'botleneck'; did you mean 'bottleneck'"),
+        ("[{'method': 'lora', 'rnak': 4}]", "the method 'lora' has no 'rnak'; did you mean 'rank'"),
+        ("[{'method': 'lora', 'rank': 0}]", "rank 0 everywhere leaves nothing to train"),
+        ("[{'rank': 4}]", "expected 'lora,bottleneck', or a list such as"),
+        ("[]", "expected 'lora,bottleneck', or a list such as"),
+        ("[3]", "adapter.options.adapters=3: expected"),
+    ],
+)
+def test_mistakes_in_a_chain(argument, message):
+    with pytest.raises(UserError) as error:
+        resolved("--config.adapter.method=chain", f"--config.adapter.options.adapters={argument}")
     assert message in str(error.value)
 
 

@@ -40,7 +40,7 @@ class Adapter(NamedTuple):
       bind: `(variables, delta, *, key=None, scale=None) -> variables` with adapted weights. `key` turns the
         adapter's own
         dropout on; `scale` (a number, an array over a site's batch axes, or `{path: ...}`) replaces alpha/rank with
-        data.
+        data; a method that has no scale (weights trained in place, vectors) leaves it alone.
       merge: `(variables, delta) -> variables`, plain arrays, summed in float32 and cast to the weights' dtype.
       trainable: `delta -> tree of bool` of the same structure.
       spec: JSON that `from_spec` rebuilds the adapter from.

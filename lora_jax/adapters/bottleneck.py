@@ -1,12 +1,12 @@
 """Bottleneck adapters: a small two-layer network at a layer's output, `y + up(f(down(y)))`, `y = W x + b`.
 
-Houlsby, Giurgiu, Jastrzebski, Morrone, de Laroussilhe, Gesmundo, Attariyan, Gelly (2019), "Parameter-Efficient Transfer
-Learning for NLP", arXiv:1902.00751, section 2: two a layer, after the attention's and the feed-forward network's output
-projection, before the residual sum, with the layer norms trained beside them (`norms`). `placement='pfeiffer'`: one,
-after the feed-forward network (Pfeiffer, Kamath, Ruckle, Cho, Gurevych 2021, arXiv:2005.00247). `placement='parallel'`
-feeds the network with the layer's input instead, `y + s up(f(down(x)))` (He, Zhou, Ma, Berg-Kirkpatrick, Neubig 2022,
-arXiv:2110.04366, section 4.2; there around the whole feed-forward network, here around its last matrix, since what
-stands at a site sees that layer alone).
+Houlsby, Giurgiu, Jastrzebski, Morrone, de Laroussilhe, Gesmundo, Attariyan, Gelly (2019), "Parameter-Efficient
+Transfer Learning for NLP", arXiv:1902.00751, section 2: two a layer, after the attention's and the feed-forward
+network's output projection, before the residual sum; the layer norms that train beside them there are `layernorm` in a
+chain. `placement='pfeiffer'`: one, after the feed-forward network (Pfeiffer, Kamath, Ruckle, Cho, Gurevych 2021,
+arXiv:2005.00247). `placement='parallel'` feeds the network with the layer's input instead, `y + s up(f(down(x)))` (He,
+Zhou, Ma, Berg-Kirkpatrick, Neubig 2022, arXiv:2110.04366, section 4.2; there around the whole feed-forward network,
+here around its last matrix, since what stands at a site sees that layer alone).
 
 `down` is drawn from N(0, 0.01**2) cut at two standard deviations, as the paper does; `up` starts at zero and not near
 zero, so that the first output is the base's exactly.
@@ -31,7 +31,7 @@ from lora_jax.adapters.base import (
     json_ready,
     per_site,
 )  # fmt: skip
-from lora_jax.adapters.parts.ranks import check_matrices, check_word, default_targets
+from lora_jax.adapters.parts.ranks import check_matrices, check_number, check_word, default_targets
 from lora_jax.errors import UserError
 from lora_jax.lift.nodes import OutputWeight
 from lora_jax.lift.products import Dot
@@ -89,11 +89,11 @@ class BottleneckWeight(OutputWeight):
     down_bias: Any
     up_bias: Any
     live: Any
+    scale: Any
     down: Any = None
     down_in: Any = None
     activation: str = "gelu"
-    scale: float = 1.0
-    layout: ClassVar = {**Bottleneck.layout, "live": ("batch",)}
+    layout: ClassVar = {**Bottleneck.layout, "live": ("batch",), "scale": ("batch",)}
 
     def finish(self, y: jax.Array, axes: Axes) -> jax.Array:
         return y + self.network(y, self.down, [*axes.batch, *axes.fan_out], y.ndim, axes).astype(y.dtype)
@@ -121,8 +121,9 @@ class BottleneckWeight(OutputWeight):
         hidden = jnp.einsum(f"{word(x_l)},{word(batch + fan)}Z->{word(batch + lead)}Z", x, down.astype(x.dtype))
         hidden = ACTIVATIONS[self.activation](hidden + spread(self.down_bias))
         spec = f"{word(batch + lead)}Z,{word(batch)}Z{word(kept)}->{word(batch + lead + kept)}"
-        up = self.scale * (jnp.einsum(spec, hidden, self.up.astype(x.dtype)) + spread(self.up_bias))
-        up = jnp.where(self.live.reshape(self.live.shape + (1,) * (up.ndim - n)), up, 0)
+        up = jnp.einsum(spec, hidden, self.up.astype(x.dtype)) + spread(self.up_bias)
+        each = lambda v: v.reshape(v.shape + (1,) * (up.ndim - n))  # noqa: E731
+        up = jnp.where(each(self.live), each(self.scale).astype(x.dtype) * up, 0)
         rest = [i for i in range(y_ndim) if i not in (*out.batch, *out.fan_out)]
         return jnp.moveaxis(up, range(y_ndim), [*out.batch, *rest, *out.fan_out])
 
@@ -138,7 +139,7 @@ class BottleneckWeight(OutputWeight):
         return y + self.network(x, self.down_in, [at[a] for a in own], y.ndim, axes).astype(y.dtype)
 
 
-register(BottleneckWeight, meta=("spread", "activation", "scale"))
+register(BottleneckWeight, meta=("spread", "activation"))
 
 
 def bottleneck(
@@ -174,6 +175,8 @@ def bottleneck(
     check_word("bottleneck", "activation", activation, ACTIVATIONS)
     if type(size) is not int or size < 1:
         raise UserError(f"bottleneck: size={size!r}: expected a whole number, 1 or more")
+    check_number("bottleneck", "scale", scale)
+    check_number("bottleneck", "std", std, least=0.0)
     spec = json_ready(
         method="bottleneck", size=size, targets=targets, layers=layers, placement=placement, activation=activation,
         scale=scale, std=std,
@@ -209,9 +212,10 @@ def bottleneck(
         path = one.bias or place.path
         target = place.leaves[path]
         axes = bias_layout(one.bias_batch, len(target.shape)) if one.bias else one.axes
+        own = jnp.asarray(scale if place.scale is None else place.scale, jnp.float32)
         return {path: BottleneckWeight(
             base=target, axes=axes, path=path, live=jnp.broadcast_to(live, batch), activation=activation,
-            scale=float(scale if place.scale is None else place.scale), up=one.up, down=one.down, down_in=one.down_in,
+            scale=jnp.broadcast_to(own, batch), up=one.up, down=one.down, down_in=one.down_in,
             down_bias=one.down_bias, up_bias=one.up_bias,
         )}  # fmt: skip
 

@@ -12,6 +12,13 @@ from lora_jax.adapters.base import SHARED, Adapter, is_shared
 from lora_jax.errors import UserError
 from lora_jax.lift.weight import is_adapted
 
+# What a config has that chooses `chain` and names no members: low-rank attention, and a small network after the
+# feed-forward one.
+USUAL: tuple[dict[str, Any], ...] = (
+    {"method": "lora", "targets": "q,k,v,o"},
+    {"method": "bottleneck", "targets": "down"},
+)
+
 
 def chain(*adapters: Adapter) -> Adapter:
     """Combines adapters that act on different sites.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.base import Adapter, Entry, batch_dims, entry, json_ready, only, per_site
-from lora_jax.adapters.parts.ranks import check_dropout, check_matrices, default_targets
+from lora_jax.adapters.parts.ranks import check_dropout, check_matrices, check_number, default_targets
 from lora_jax.errors import UserError
 from lora_jax.lift.nodes import LowRankWeight
 from lora_jax.lift.weight import Axes, register
@@ -105,6 +105,7 @@ def vera(
       UserError: nothing to adapt, a target that is no matrix, a bad option.
     """
     check_dropout(dropout)
+    check_number("vera", "d_initial", d_initial)
     if type(rank) is not int or rank < 1:
         raise UserError(f"vera: rank={rank!r}: expected one whole number, 1 or more, for all sites")
     spec = json_ready(method="vera", rank=rank, targets=targets, layers=layers, dropout=dropout, d_initial=d_initial)

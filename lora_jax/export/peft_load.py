@@ -83,8 +83,21 @@ def _saved(tensors: dict, base: Any, file: Path, prefix: str) -> dict[str, Full]
             shape = leaves[path].shape
             value = names.take(tensors, prefix + tensor.name, shape[::-1] if tensor.transpose else shape, file)
             value = value.T if tensor.transpose else value
+            if names.tied_head(base.sites[path]):
+                _check_tied(tensors, prefix, value, file)
             out[path] = Full(value=jnp.asarray(np.ascontiguousarray(value)), axes=Axes.of(base.sites[path]))
     return out
+
+
+def _check_tied(tensors: dict, prefix: str, value: np.ndarray, file: Path) -> None:
+    """PEFT saves an embedding and the head tied to it apart; here they are one weight."""
+    key = f"{prefix}{names.HEAD}.weight"
+    if key not in tensors or not np.array_equal(names.take(tensors, key, value.shape, file), value):
+        raise UserError(
+            f"{file} saves the embedding whole, but not the same values for the head tied to it; this base has one "
+            "weight for both. Untie the checkpoint (tie_word_embeddings=false) or train with PEFT's "
+            "ensure_weight_tying=True"
+        )
 
 
 def _in_place(method: str, entries: dict[str, Full]) -> Adapter:

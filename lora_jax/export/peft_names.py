@@ -22,6 +22,7 @@ VERSION = "0.21.2"  # of PEFT, whose format this is
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 BASE_LAYER = ".base_layer.weight"
+HEAD = "lm_head"  # the module that a tied embedding is a second time
 
 
 def modules(base: Any) -> dict[str, str]:
@@ -53,8 +54,8 @@ def suffixes(site: Site) -> tuple[str, str]:
 
 
 def tied_head(site: Site) -> bool:
-    """True for an embedding that is also the output matrix: in transformers that is a second module, `lm_head`."""
-    return site.uses[0] == "embedding" and "linear" in site.uses
+    """True for an embedding that is also the output matrix: in transformers that is a second module, `HEAD`."""
+    return site.uses[:1] == ("embedding",) and "linear" in site.uses
 
 
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -66,11 +67,17 @@ def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any
 
 
 def targeted(config: Mapping[str, Any], module: str) -> bool:
-    """PEFT's choice of modules: `target_modules` by suffix or regex, `layers_to_transform`, `exclude_modules`."""
+    """PEFT's choice of modules: `target_modules` by suffix or regex, `layers_to_transform`, `exclude_modules`.
+
+    A module that is saved whole is never adapted, and one that is named in full is, whatever its layer.
+    """
     if matches(config.get("exclude_modules"), module) or not matches(config.get("target_modules"), module):
         return False
+    if any(re.match(rf"(.*\.)?{saved}($|\.)", module) for saved in config.get("modules_to_save") or []):
+        return False
     layers = config.get("layers_to_transform")
-    if layers is None or layers == []:
+    in_full = not isinstance(config["target_modules"], str) and module in config["target_modules"]
+    if layers is None or layers == [] or in_full:
         return True
     layers = [layers] if isinstance(layers, int) else layers
     patterns = config.get("layers_pattern") or [None]
@@ -108,7 +115,7 @@ def targeted_modules(config: Mapping[str, Any], base: Any) -> dict[str, str]:
 
 def targets(selected: list[str], base: Any) -> list[str]:
     """The shortest honest list: last names where they select exactly these modules, else whole names."""
-    everything = {module_of(name) for name in modules(base).values()} | {"lm_head"}
+    everything = {module_of(name) for name in modules(base).values()} | {HEAD}
     short = {m.rpartition(".")[2] for m in selected}
     hit = {m for m in everything if m.rpartition(".")[2] in short}
     return sorted(short) if hit == set(selected) else sorted(selected)

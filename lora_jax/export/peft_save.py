@@ -63,6 +63,7 @@ def render(adapter: Adapter, delta: Mapping[str, Any], base: Any) -> tuple[dict[
     else:
         config["bias"] = mode
         tensors |= peft_biases.tensors(biases, main[1], base)
+    _check_apart(main[1], saved, base)
     tensors |= _module_tensors(in_place, saved, base, getattr(codec, "PREFIX", names.PREFIX))
     common = {
         "peft_type": codec.__name__.rpartition(".")[2].upper(),
@@ -120,7 +121,19 @@ def _saved_modules(trained: Sequence[str], base: Any) -> list[str]:
     paths = {*trained}
     if base.num_labels is not None:
         paths |= {p for p, s in base.sites.items() if s.role == "head"}
-    return sorted({names.module_of(ours[p]) for p in paths})
+    tied = any(names.tied_head(base.sites[p]) for p in paths)  # PEFT unties what it saves
+    return sorted({names.module_of(ours[p]) for p in paths} | ({names.HEAD} if tied else set()))
+
+
+def _check_apart(adapted: Mapping[str, Any], saved: Sequence[str], base: Any) -> None:
+    """Raises if a module would be saved whole and adapted too: PEFT then leaves the adapter out, in silence."""
+    ours = names.modules(base)
+    for path in adapted:
+        if path in ours and names.module_of(ours[path]) in saved:
+            raise UserError(
+                f"PEFT cannot hold {path!r} adapted beside a bias of the same module trained in place (of a lora it "
+                "can if these are all biases, or those of all adapted modules); save it with lora_jax.save instead"
+            )
 
 
 def _module_tensors(in_place: Mapping[str, Full], saved: list[str], base: Any, prefix: str) -> dict[str, np.ndarray]:
@@ -130,6 +143,8 @@ def _module_tensors(in_place: Mapping[str, Full], saved: list[str], base: Any, p
             value = in_place[path].value if path in in_place else leaves[path]
             array = np.asarray(value, np.float32)
             out[prefix + tensor.name] = array.T if tensor.transpose else array
+            if names.tied_head(base.sites[path]):
+                out[f"{prefix}{names.HEAD}.weight"] = array
     return out
 
 

@@ -244,6 +244,20 @@ def test_bfloat16_base(method, kind):
     close(out, quick(site.function)(merged, *site.args), 3e-2)
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "oft"])  # a rotation has no scale, and says so
+@pytest.mark.parametrize("kind", ["dense", "scan"])
+def test_a_scale_may_be_data(method, kind):
+    """One program for any scale; a method that has one of its own (alpha, or scale) acts by it."""
+    site, adapter, delta = started(method, kind)
+    delta = moved(adapter, delta)
+    apply = lj.lift(site.function)
+    run = quick(lambda scale: apply(adapter.bind(site.variables, delta, scale=scale), *site.args))
+    half, twice = run(jnp.float32(0.5)), run(jnp.float32(2.0))
+    close(half, apply(adapter.bind(site.variables, delta, scale=0.5), *site.args), 1e-5)
+    has_one = method == "chain" or not {"alpha", "scale"}.isdisjoint(lj.adapters.options(method))
+    assert (furthest(half, twice) > 1e-3) == has_one
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_spec_rebuilds_the_adapter(method):
     import json

@@ -82,6 +82,22 @@ def test_what_bottleneck_cannot_do():
         lj.bottleneck(0)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("bottleneck", {"std": -1}, "bottleneck: std=-1: expected a number of at least 0"),
+        ("bottleneck", {"scale": "x"}, "bottleneck: scale='x': expected a number"),
+        ("vera", {"d_initial": "x"}, "vera: d_initial='x': expected a number"),
+        ("ia3", {"feedforward": 3}, "targets must be patterns (strings), got 3"),
+    ],
+)
+def test_options_of_a_wrong_kind(method, options, message):
+    site = kinds.get("dense")
+    with pytest.raises(UserError) as caught:
+        lj.adapters.get(method)(**options).init(jax.random.key(0), site.variables, site.sites)
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize("placement, sites_a_layer", [("houlsby", 2), ("pfeiffer", 1), ("parallel", 1)])
 def test_bottleneck_parameters_of_a_transformer(placement, sites_a_layer):
     """2 m d + d + m a network (Houlsby et al., section 2.1), two or one a layer."""

@@ -23,7 +23,7 @@ ELSEWHERE = ("prefix", "prompt")
 _NOT_LINEAR = {kind: "acts on the output of a linear layer" for kind in ("embedding", "tied embedding")}
 CANNOT: dict[str, dict[str, str]] = {
     "bottleneck": _NOT_LINEAR,
-    "bitfit": _NOT_LINEAR | {"experts": "its new biases cannot be merged: tests/adapters/bitfit_test.py"},
+    "bitfit": _NOT_LINEAR | {"experts": "its new biases cannot be merged: formulas_test.py"},
 }
 # Methods that cannot be merged: what a lifted function gives under jit stands in for merged weights, and their own test
 # compares that with the formula written out.

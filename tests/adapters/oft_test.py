@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.adapters.oft import rotation_less_identity
+from lora_jax.adapters.oft import inverse, rotation_less_identity
 from tests.adapters import kinds
 from tests.adapters.lora_test import site, start
 from tests.lift.checks import bits_equal, close, noisy
@@ -193,3 +193,21 @@ def test_a_slice_along_fan_out_is_turned_alike():
     delta = noisy(start(adapter, site("w", (6, 8))))
     out = lj.lift(lambda v, x: x @ v["w"][:, 2:5])(adapter.bind(variables, delta), x)
     close(out, x @ adapter.merge(variables, delta)["w"][:, 2:5], 1e-5)
+
+
+def test_no_lapack():
+    """LAPACK calls of many sites, run side by side, wait for one another for ever where the pool has few threads."""
+    q = jnp.zeros((3, 6))
+    whole = jax.jit(jax.value_and_grad(lambda q: jnp.sum(rotation_less_identity(q, 4) ** 2)))
+    assert "lapack" not in whole.lower(q).as_text()
+
+
+def test_the_inverse_and_its_derivatives():
+    skew = 3 * np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    a = np.eye(32, dtype=np.float32) - (skew - skew.swapaxes(-1, -2))
+    np.testing.assert_allclose(inverse(jnp.asarray(a)), np.linalg.inv(a.astype(np.float64)), atol=2e-6)
+    small = jnp.asarray(a[0, 0, :4, :4])
+    # Through a gradient too, since LAPACK's own derivative is at hand as an oracle.
+    for order in (jax.grad, lambda f: jax.grad(lambda a: jnp.sum(jax.grad(f)(a) ** 2))):
+        of = lambda f: order(lambda a: jnp.sum(jnp.sin(f(a))))(small)  # noqa: B023, E731
+        np.testing.assert_allclose(of(inverse), of(jnp.linalg.inv), atol=1e-5)

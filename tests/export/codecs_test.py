@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax import export
 from lora_jax.errors import UserError
 from lora_jax.export import peft_names
 from tests.export.peft_models import TOLERANCE, error, made, ours, plain, randomized, theirs, written_by_peft
@@ -44,6 +45,7 @@ def test_our_file_gives_peft_our_logits(name, kind, tmp_path):
 
 def _peft_config(name, kind):
     q, v, down = ("query", "value", "output.dense") if kind == "bert" else ("q_proj", "v_proj", "down_proj")
+    prefix, rest = ("bert.encoder.layer", "attention.self") if kind == "bert" else ("model.layers", "self_attn")
     common = {"task_type": "SEQ_CLS" if kind == "bert" else "CAUSAL_LM"}
     return {
         "dora": lambda: peft.LoraConfig(r=2, lora_alpha=8, use_dora=True, target_modules=[q, v], **common),
@@ -54,12 +56,22 @@ def _peft_config(name, kind):
         ),
         "all biases": lambda: peft.LoraConfig(r=2, bias="all", target_modules=[q, v], **common),
         "their biases": lambda: peft.LoraConfig(r=2, bias="lora_only", target_modules=[q, v], **common),
-        "pissa": lambda: peft.LoraConfig(r=2, init_lora_weights="orthogonal", target_modules=[q, v], **common),
+        "orthogonal": lambda: peft.LoraConfig(r=2, init_lora_weights="orthogonal", target_modules=[q, v], **common),
+        "pissa": lambda: peft.LoraConfig(r=2, init_lora_weights="pissa", target_modules=[q, v], **common),
+        "olora": lambda: peft.LoraConfig(r=2, init_lora_weights="olora", use_rslora=True, target_modules=[v], **common),
+        "saved whole": lambda: peft.LoraConfig(r=2, target_modules=[q, v], modules_to_save=[v], **common),
+        "named in full": lambda: peft.LoraConfig(
+            r=2, target_modules=[q, f"{prefix}.1.{rest}.{v}"], layers_to_transform=[0], **common
+        ),
     }[name]()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["dora", "ia3", "vera", "layernorm", "all biases", "their biases", "pissa"])
+@pytest.mark.parametrize(
+    "name",
+    ["dora", "ia3", "vera", "layernorm", "all biases", "their biases", "orthogonal", "pissa", "olora", "saved whole",
+     "named in full"],
+)  # fmt: skip
 def test_their_file_gives_us_their_logits(name, kind, tmp_path):
     base = made(kind)[2]
     expected = written_by_peft(kind, _peft_config(name, kind), tmp_path)
@@ -71,6 +83,58 @@ def test_their_file_gives_us_their_logits(name, kind, tmp_path):
     fresh = adapter.init(jax.random.key(0), base.variables, base.sites)
     if name != "vera":  # PEFT's projections may be wider than the widest of our sites
         assert shapes(fresh) == shapes(delta), "loading rebuilds what init makes"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+    ],
+    ids=["saved whole", "adapted"],
+)
+def test_their_tied_embedding(options, tmp_path):
+    base = made("tied")[2]
+    expected = written_by_peft("tied", peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options), tmp_path)
+    adapter, delta = lj.load_peft(tmp_path, base)
+    mine = ours(base, adapter, delta)
+    assert error(mine, expected) < TOLERANCE
+    lj.save_peft(tmp_path / "again", adapter, delta, base)
+    assert error(theirs("tied", tmp_path / "again"), mine) < TOLERANCE
+
+
+def test_an_embedding_that_peft_untied_is_refused(tmp_path):
+    """PEFT trains a copy of the embedding and leaves the head as it was: no value of our one weight does that."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    written_by_peft("tied", config, tmp_path)
+    with pytest.raises(UserError, match="not the same values for the head tied to it.*ensure_weight_tying=True"):
+        lj.load_peft(tmp_path, made("tied")[2])
+
+
+def test_a_base_that_peft_changed_is_refused(tmp_path):
+    config = peft.LoraConfig(r=2, init_lora_weights="pissa_niter_4", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    written_by_peft("qwen2", config, tmp_path)
+    with pytest.raises(UserError, match="init_lora_weights='pissa_niter_4'.*path_initial_model_for_weight_conversion"):
+        lj.load_peft(tmp_path, made("qwen2")[2])
+
+
+def test_a_module_is_adapted_or_saved_whole(tmp_path):
+    """PEFT would drop the adapter of a module that has both, in silence."""
+    base = made("qwen2")[2]
+
+    def started(adapter):
+        return adapter, randomized(adapter, adapter.init(jax.random.key(0), base.variables, base.sites))
+
+    apart = lj.chain(lj.ia3(targets="q,k", feedforward="none"), lj.bitfit(targets="v"))
+    lj.save_peft(tmp_path, *started(apart), base)
+    assert error(theirs("qwen2", tmp_path), ours(base, *started(apart))) < TOLERANCE
+    for adapter in (
+        lj.chain(lj.lora(2, targets="q,v"), lj.bitfit(targets="q")),
+        lj.chain(lj.vera(3, targets="q,v"), lj.bitfit()),
+    ):
+        with pytest.raises(UserError, match="adapted beside a bias of the same module.*lora_jax.save"):
+            lj.save_peft(tmp_path, *started(adapter), base)
+        assert not export.has_format(*started(adapter), base)
 
 
 def test_vera_without_projections_is_refused(tmp_path):

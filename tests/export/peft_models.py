@@ -16,7 +16,7 @@ TOKENS = np.arange(3, 15).reshape(2, 6)
 
 @functools.cache
 def made(kind):
-    """(folder, class of transformers, our base) of `bert` (3 labels), `llama` or `qwen2` (q, k and v have biases)."""
+    """(folder, class of transformers, base) of `bert` (3 labels), `llama`, `tied` or `qwen2` (q, k, v have biases)."""
     import torch
     import transformers
 
@@ -28,8 +28,8 @@ def made(kind):
         )
         model = transformers.BertForSequenceClassification(config)
     else:
-        make = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[kind]
-        config = make(**shape, num_key_value_heads=2, tie_word_embeddings=False, pad_token_id=0)
+        make = transformers.Qwen2Config if kind == "qwen2" else transformers.LlamaConfig
+        config = make(**shape, num_key_value_heads=2, tie_word_embeddings=kind == "tied", pad_token_id=0)
         model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -110,6 +110,13 @@ def check_word(method: str, name: str, value: Any, known: Any) -> None:
         raise UserError(f"{method}: {name}={value!r} is unknown; {did_you_mean(str(value), map(str, known))}")
 
 
+def check_number(method: str, name: str, value: Any, least: float = -math.inf) -> None:
+    """Raises if an option is not a finite number, or below the least."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+        bound = "" if least == -math.inf else f" of at least {least:g}"
+        raise UserError(f"{method}: {name}={value!r}: expected a number{bound}")
+
+
 def check_dropout(dropout: Any) -> None:
     """Raises if a dropout rate is none."""
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout <= 1.0:

@@ -5,11 +5,13 @@ init away from zero (PiSSA, OLoRA) is written as a plain LoRA of twice the rank 
 `[B, -B0]`, so that a reader need not repeat the decomposition.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,11 +19,12 @@ from lora_jax import trees
 from lora_jax.adapters import Adapter, get
 from lora_jax.adapters.dora import DoRA
 from lora_jax.adapters.lora import LoRA
+from lora_jax.adapters.parts import inits
 from lora_jax.adapters.parts.ranks import SCALINGS
 from lora_jax.errors import UserError
 from lora_jax.export import peft_modules as modules
 from lora_jax.export import peft_names as names
-from lora_jax.lift.weight import Axes
+from lora_jax.lift.weight import Axes, is_adapted
 
 METHODS = ("lora", "dora")
 BIASES = True  # PEFT can train biases beside these
@@ -34,6 +37,9 @@ _OFF: dict[str, tuple] = {
     "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,), "velora_config": (None,),
     "monteclora_config": (None,),
 }  # fmt: skip
+# Inits of PEFT that leave the base as it is. Two more are exact functions of the weight (`inits.RESIDUAL`): PEFT takes
+# the first update out of the base, here it is subtracted. Any other left a base that only its training run had.
+_PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
 
 def write(adapter: Adapter, delta: Mapping[str, Any], base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -59,7 +65,7 @@ def write(adapter: Adapter, delta: Mapping[str, Any], base: Any) -> tuple[dict[s
         "use_rslora": root,
         "use_dora": spec["method"] == "dora",
         "lora_dropout": spec["dropout"],
-        "target_modules": names.targets([*module.values(), *(["lm_head"] if tied else [])], base),
+        "target_modules": names.targets([*module.values(), *([names.HEAD] if tied else [])], base),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -83,7 +89,7 @@ def _tensors(one: LoRA, site: Any, module: str) -> dict[str, np.ndarray]:
                 f"dora on the embedding {site.path!r} that is also the output matrix: PEFT would keep two magnitudes "
                 "where there is one; leave it out of the targets to export"
             )
-        head = names.PREFIX + "lm_head"
+        head = names.PREFIX + names.HEAD
         out[head + names.LINEAR[0]], out[head + names.LINEAR[1]] = b, a
     return out
 
@@ -98,6 +104,7 @@ def read(config: Mapping, tensors: dict, base: Any, file: Path) -> tuple[Adapter
         if option in config and config[option] not in off:
             raise UserError(f"{file}: {option}={config[option]!r} is not supported; this reader needs {off[0]!r}")
     names.need(config, ("r", "lora_alpha", "target_modules"), file)
+    init = _init(config, file)
     scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     delta, alphas = {}, {}
     for path, module in names.targeted_modules(config, base).items():
@@ -105,11 +112,35 @@ def read(config: Mapping, tensors: dict, base: Any, file: Path) -> tuple[Adapter
         alphas[path] = names.pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
         scale = SCALINGS[scaling](float(alphas[path]), rank)
         delta[path] = _entry(config, tensors, base, path, module, rank, scale, file)
+        if init and "embedding" not in base.sites[path].uses[:1]:  # PEFT starts an embedding as usual
+            start = inits.start_of(jax.random.key(0), _leaf(base, path), base.sites[path], ([rank], [scale]))
+            first = inits.initial(start, init)
+            delta[path] = dataclasses.replace(delta[path], a0=first.a0, b0=first.b0)
     adapter = get("dora" if config.get("use_dora") else "lora")(
         rank=names.uniform({p: one.ranks[0] for p, one in delta.items()}), alpha=names.uniform(alphas),
         targets=[names.exact(p) for p in delta], dropout=config.get("lora_dropout") or 0.0, scaling=scaling,
+        **({"init": init} if init else {}),
     )  # fmt: skip
     return adapter, delta
+
+
+def _init(config: Mapping, file: Path) -> str | None:
+    """The init whose first update the file takes to be gone from the base, or None."""
+    given = config.get("init_lora_weights", True)
+    word = str(given).lower()
+    if word in inits.RESIDUAL and not config.get("use_dora"):
+        return word
+    if given is not None and word not in _PLAIN_INITS:
+        raise UserError(
+            f"{file.with_name(names.CONFIG)}: init_lora_weights={given!r}: this adapter belongs to a base that PEFT "
+            "changed when training began, not to the checkpoint. Save it again with PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    return None
+
+
+def _leaf(base: Any, path: str) -> Any:
+    return trees.flatten(base.variables, is_adapted)[path]
 
 
 def _entry(config, tensors, base, path, module, rank, scale, file) -> LoRA:
@@ -138,16 +169,16 @@ def _check_tied(config: Mapping, tensors: dict, site: Any, own: tuple, rank: int
     """An embedding tied to the head has one delta here; PEFT keeps two, which must agree."""
     if not names.tied_head(site):
         return
-    if not names.targeted(config, "lm_head"):
+    if not (names.targeted(config, names.HEAD) or config.get("ensure_weight_tying")):
         raise UserError(
             f"{file} adapts the embedding but not the head that is tied to it; this base has one weight for both, "
             "so such an adapter cannot be held. Untie the checkpoint (tie_word_embeddings=false) or adapt both"
         )
     head = [
-        names.take(tensors, names.PREFIX + "lm_head" + s, shape, file)
+        names.take(tensors, names.PREFIX + names.HEAD + s, shape, file)
         for s, shape in zip(names.LINEAR, ((rank, None), (None, rank)), strict=True)
     ]
-    tensors.pop(names.PREFIX + "lm_head" + names.BASE_LAYER, None)
+    tensors.pop(names.PREFIX + names.HEAD + names.BASE_LAYER, None)
     if not np.allclose(head[1] @ head[0], own[0] @ own[1], rtol=1e-5, atol=1e-6):
         raise UserError(
             f"{file} adapts the embedding and the head tied to it differently; this base has one weight for both"
