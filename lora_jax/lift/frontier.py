@@ -34,12 +34,14 @@ class Split(NamedTuple):
       suffix: `(variables, frontier, **inputs)` -> the function's output, with no product of the cold part.
       share: the prefix's part of the function's floating-point operations in products, 0 to 1.
       frontier: shapes and dtypes of the frontier for the inputs that the split was made with.
+      cut: which values of the function these are; equal for two adapters that share a frontier.
     """
 
     prefix: Callable[..., tuple[Any, ...]]
     suffix: Callable[..., Any]
     share: float
     frontier: tuple[jax.ShapeDtypeStruct, ...]
+    cut: tuple[int, ...]
 
 
 def split(function: Callable, variables: Any, paths: Collection[str], **inputs: Any) -> Split | None:
@@ -85,7 +87,7 @@ def split(function: Callable, variables: Any, paths: Collection[str], **inputs: 
     prefix, suffix = _parts(function, program.signature, cut)
     avals = [program.avals[i] for i in cut]
     shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
-    return Split(prefix, suffix, sum(product_flops(s.eqn) for s in heavy) / total, shapes)
+    return Split(prefix, suffix, sum(product_flops(s.eqn) for s in heavy) / total, shapes, cut)
 
 
 def is_random(function: Callable, variables: Any, **inputs: Any) -> bool:
