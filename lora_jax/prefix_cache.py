@@ -193,11 +193,11 @@ def for_run(
 
 def _open(found: Cached, base, parts: Split, batches, stores: RowStores) -> None:
     """Opens a store for every split that has room, and says what came of it."""
-    kinds = _kinds(parts, base.variables, found.task, batches)
+    prefix = jax.jit(lift(parts.prefix, unused="allow"))
+    kinds = _kinds(prefix, base.variables, found.task, batches)
     if kinds is None:
         found.notes.append("prefix cache off: what would be kept does not follow the length of the rows")
         return
-    prefix = jax.jit(lift(parts.prefix, unused="allow"))
     compute = lambda batch: prefix(found.variables, **found.task.inputs(batch))  # noqa: E731
     found._stores = stores
     for name, one in batches.items():
@@ -242,14 +242,14 @@ def _inputs(task: Any, batches: Batches, length: int, accumulate: int = 1) -> di
     return task.inputs({key: value[: len(value) // accumulate] for key, value in batch.items()})
 
 
-def _kinds(parts: Split, variables: Any, task: Any, batches: Mapping[str, Batches]) -> list[Kind] | None:
+def _kinds(prefix: Callable, variables: Any, task: Any, batches: Mapping[str, Batches]) -> list[Kind] | None:
     """What is kept of a row: an axis that is as long as the row at every length follows it."""
     seen = []
     for one in batches.values():
         lengths = one.lengths if len(one.lengths) > 1 else (one.lengths[0], max(1, one.lengths[0] - 1))
         for length in lengths:
             try:
-                shapes = jax.eval_shape(parts.prefix, variables, **_inputs(task, one, length))
+                shapes = jax.eval_shape(prefix, variables, **_inputs(task, one, length))
             except UserError:
                 return None  # the trace at this size is another program
             seen.append((length, [(x.shape[1:], x.dtype) for x in shapes]))

@@ -67,6 +67,19 @@ def test_cached_equals_uncached(tmp_path, plain, fills, accumulate):
     assert len(said(found[2], "is computed once")) == 2 and not said(plain[2], "prefix cache")
 
 
+def test_the_step_reads_what_was_kept(tmp_path, plain, monkeypatch):
+    fill = prefix_cache.CachedBatches._fill
+
+    def zero(self, block):
+        fill(self, block)
+        for buffer in self._store._buffers:
+            buffer[:] = 0
+
+    monkeypatch.setattr(prefix_cache.CachedBatches, "_fill", zero)
+    found = run(tmp_path / "w", "auto", steps=4, eval_every=0)  # 32 rows of 24
+    assert min(abs(np.subtract(found[1], plain[1][:4]))) > 1e-2
+
+
 def test_on_disk(tmp_path, plain, fills):
     found = run(tmp_path / "w", "auto", prefix_cache_gb=0.0, prefix_cache_disk_gb=1.0)
     equal(found, plain)
@@ -100,8 +113,8 @@ def test_dropout_of_the_base(tmp_path, plain, fills):
     assert max(abs(np.subtract(on[1], off[1]))) > 1e-3
     with pytest.raises(UserError, match="prefix_cache"):
         run(tmp_path / "on", "auto", base=dropping)
-    bottom = run(tmp_path / "bottom", "on", base=dropping, adapter=lj.lora(rank=2))  # arms of one ablation train alike
-    equal(bottom, run(tmp_path / "none", "off", adapter=lj.lora(rank=2)))
+    lower = {"adapter": lj.lora(rank=2), "steps": 2, "eval_every": 0}  # no prefix, but arms of one ablation train alike
+    equal(run(tmp_path / "lower", "on", base=dropping, **lower), run(tmp_path / "none", "off", **lower))
     run(tmp_path / "auto", "off", base=dropping)  # a finished run is the same run with the cache or without
 
 
@@ -165,6 +178,28 @@ def test_rows_of_a_classifier(adapter, packing):
         assert np.abs(apply(bound, **broken) - expected)[real].max() > 1e-3
         seen += real.sum()
     assert seen == 14 and cached.share > (0.9 if adapter.spec["method"] == "head" else 0.4)
+
+
+def test_arms_that_train_together_share_one_frontier():
+    """vmap over deltas, the frontier of their common paths un-batched; a quantized base."""
+    base = models.quantized(models.from_config({**BERT, "hidden_size": 16}), "nf4")
+    adapter = lj.lora(2, 4, targets="v", layers="last:1")
+    examples = [{"tokens": np.arange(1, n, dtype=np.int32)} for n in (4, 7, 6, 5)]
+    task = dataclasses.replace(standin.make_task(), inputs=tasks.base.inputs)
+    delta, batches, cached = batches_of(base, adapter, task, examples, buckets=1)
+    other = noisy(delta, seed=5)
+    arms = jax.tree.map(lambda a, b: jnp.stack([a, b]), delta, other)
+    inputs = cached.task.inputs(cached.place(batches[0]))
+
+    @jax.jit
+    def run(apply_inputs):
+        apply = lift(cached.apply)
+        return jax.vmap(lambda d: apply(adapter.bind(base.variables, d), **apply_inputs))(arms)
+
+    real = batches[0]["segment_ids"] > 0
+    for out, one in zip(run(inputs), (delta, other), strict=True):
+        expected = jax.jit(lift(base.apply))(adapter.bind(base.variables, one), **task.inputs(batches[0]))
+        np.testing.assert_allclose(out[real], expected[real], rtol=1e-4, atol=1e-5)
 
 
 def test_which_paths_an_adapter_changes():
