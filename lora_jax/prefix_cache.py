@@ -166,7 +166,8 @@ def for_run(
         raise UserError(f"train.prefix_cache={mode!r}: expected one of {', '.join(MODES)}")
     if mode == "off" or not batches or (mode == "auto" and mesh is not None):
         return None
-    name, one = next(iter(batches.items()))
+    fixed = {name: one for name, one in batches.items() if not one.share_rows}
+    name, one = next(iter((fixed or batches).items()))
     probe = _inputs(task, one, one.lengths[-1], accumulate if name == "train" else 1)
     parts = None if paths is None or mesh is not None else split(base.apply, base.variables, paths, **probe)
     if mode == "auto" and (parts is None or parts.share < LEAST_SHARE):
@@ -201,6 +202,9 @@ def _open(found: Cached, base, parts: Split, batches, stores: RowStores) -> None
     compute = lambda batch: prefix(found.variables, **found.task.inputs(batch))  # noqa: E731
     found._stores = stores
     for name, one in batches.items():
+        if one.share_rows:
+            found.notes.append(f"prefix cache off for {name}: train.share_rows makes new rows at every step")
+            continue
         key = _key(base, parts, one, kinds)
         store = stores.open(key, kinds, one.row_sizes)
         need = size(kinds, one.row_sizes) / GB
@@ -244,8 +248,8 @@ def _inputs(task: Any, batches: Batches, length: int, accumulate: int = 1) -> di
 
 def _kinds(prefix: Callable, variables: Any, task: Any, batches: Mapping[str, Batches]) -> list[Kind] | None:
     """What is kept of a row: an axis that is as long as the row at every length follows it."""
-    seen = []
-    for one in batches.values():
+    seen: list[tuple[int, list]] = []
+    for one in (one for one in batches.values() if not one.share_rows):
         lengths = one.lengths if len(one.lengths) > 1 else (one.lengths[0], max(1, one.lengths[0] - 1))
         for length in lengths:
             try:
@@ -253,8 +257,8 @@ def _kinds(prefix: Callable, variables: Any, task: Any, batches: Mapping[str, Ba
             except UserError:
                 return None  # the trace at this size is another program
             seen.append((length, [(x.shape[1:], x.dtype) for x in shapes]))
-    kinds = []
-    for i, (shape, dtype) in enumerate(seen[0][1]):
+    kinds: list[Kind] = []
+    for i, (shape, dtype) in enumerate(seen[0][1] if seen else ()):
         fixed = [all(shapes[i][0][a] == n for _, shapes in seen) for a, n in enumerate(shape)]
         kind = Kind(tuple(n if same else None for n, same in zip(shape, fixed, strict=True)), np.dtype(dtype))
         if any(kind.row(length) != shapes[i][0] for length, shapes in seen):

@@ -202,6 +202,20 @@ def test_arms_that_train_together_share_one_frontier():
         np.testing.assert_allclose(out[real], expected[real], rtol=1e-4, atol=1e-5)
 
 
+def test_rows_that_change_at_every_step_are_not_kept():
+    """The examples of a step share its rows: the whole function runs there; dev has rows of its own and is cached."""
+    base = models.from_config(BERT)
+    adapter = lj.lora(2, 4, targets="v", layers="last:1")
+    examples = [{"tokens": np.arange(1, n, dtype=np.int32)} for n in (4, 7, 6, 5)]
+    task = dataclasses.replace(standin.make_task(), inputs=tasks.base.inputs)
+    delta = adapter.init(jax.random.key(0), base.variables, base.sites)
+    batches = {"train": Batches(examples, 4, max_length=16, share_rows=True), "dev": Batches(examples, 4)}
+    cached = prefix_cache.for_run(base, frozenset(delta), task, batches, RowStores(1e9))
+    assert said(cached.notes, "off for train: train.share_rows") and said(cached.notes, "over dev is computed once")
+    assert "frontier" not in cached.place(cached.batches["train"][0])
+    assert "frontier" in next(cached.batches["dev"].in_order())
+
+
 def test_which_paths_an_adapter_changes():
     base = models.from_config(BERT, num_labels=2)
     for adapter, expected in (
