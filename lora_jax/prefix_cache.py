@@ -4,6 +4,11 @@ Epochs repeat rows, and what lies below the adapter is the same every time (`lif
 in the batch as `frontier`; the step itself is the same, with the rest of the function in place of the whole one. Rows
 are computed in blocks of similar length that do not depend on the order of training, so that a run that was broken off
 and goes on finds the same bits.
+
+MiniLM, LoRA on q and v of the last 2 of 6 layers, 640 rows of sst2, batches of 32, no dropout: the prefix is 68 % of a
+forward pass and takes 48 MB; a step without the cache costs 2.10 times the FLOPs of one with it, 1.79 times the CPU
+time (median of 36 steps, each in turn without and with; 2 shared CPU cores, jax 0.10.2, 2026-11-21). What is left is
+the two layers themselves, forward and backward.
 """
 
 import dataclasses
