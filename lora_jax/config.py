@@ -80,6 +80,9 @@ def default() -> ConfigDict:
     cfg.train.packing = False  # several examples in one row, batch_size counts rows
     cfg.train.share_rows = False  # the examples of a step share rows, batch_size counts examples
     cfg.train.buckets = placeholder(object)  # lengths that rows are padded to; unset: a few up to data.max_length
+    cfg.train.prefix_cache = "auto"  # keep what lies below the adapter over epochs; on: without the base's dropout; off
+    cfg.train.prefix_cache_gb = 2.0  # memory that it may take
+    cfg.train.prefix_cache_disk_gb = 0.0  # room in the work directory, for what does not fit into memory
 
     cfg.mesh = ConfigDict()  # devices along each axis; their product is what the run uses
     cfg.mesh.data = 1  # copies of the model, each with a part of the batch; -1: all devices that are left

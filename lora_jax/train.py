@@ -16,9 +16,10 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lora_jax import adapters, evaluate, feed, manifest, optim, records, sharding, trees
+from lora_jax import adapters, evaluate, feed, manifest, optim, prefix_cache, records, sharding, trees
 from lora_jax.checkpoint import Checkpoints
 from lora_jax.data import Batches
+from lora_jax.data.row_store import RowStores
 from lora_jax.errors import UserError
 from lora_jax.lift import is_adapted, lift
 from lora_jax.loop import Book, Loop, Plan, evaluation_record
@@ -58,6 +59,7 @@ def fit(
     about: Mapping[str, Any] | None = None,
     save: Callable[[Path, Any], None] | None = None,
     start: Any = None,
+    stores: RowStores | None = None,
 ) -> Summary:
     """Trains a delta, or goes on with a run that was broken off.
 
@@ -76,6 +78,7 @@ def fit(
       about: more fields of the manifest.
       save: writes the adapter into a folder: `save(workdir / "adapter", delta)`.
       start: the delta to start from; None makes it by `init_delta`.
+      stores: where the prefix cache keeps activations; runs of one process may share it. None: as the settings say.
 
     Returns:
       The content of summary.json, with the saved delta as its attribute `delta`.
@@ -90,14 +93,18 @@ def fit(
     batches = make_batches(task, adapter, splits, settings, seed, mesh, max_length)
     total = settings.total(batches["train"].steps_per_epoch)
     adapter = adapters.for_steps(adapter, total)
-    own = identity(base, adapter, task, settings, seed, batches)
+    mine = stores is None
+    stores = stores or _stores(settings, workdir)
+    cached = _cache(base, adapter, task, settings, total, batches, mesh, start, stores)
+    own = identity(base, adapter, task, settings, seed, batches, cached)
     manifest.open_run(workdir / "manifest.json", manifest.collect(own, mesh=mesh, extra=about))
     with (
         sharding.use(mesh),
         Checkpoints(workdir / "checkpoints", keep=settings.keep) as checkpoints,
         Signals() as signals,
     ):
-        parts = _parts(base, adapter, task, settings, total, seed, mesh, echo, start)
+        parts = _parts(base, adapter, task, settings, total, seed, mesh, echo, start, cached)
+        batches = batches | (cached.batches if cached else {})
         book, state = _resume(checkpoints, parts["state"], task)
         finished = (workdir / "summary.json").exists()
         metrics = records.MetricsFile(workdir / "metrics.jsonl", lambda record: finished or _known(record, book))
@@ -105,6 +112,8 @@ def fit(
             with Progress(total, book.step, echo) as progress:
                 if book.step:
                     progress.say(f"going on from step {book.step} of {total}")
+                for line in cached.notes if cached and not book.done else ():
+                    progress.say(line)
                 loop = Loop(
                     **{**parts, "state": state},
                     plan=make_plan(settings, total),
@@ -122,6 +131,10 @@ def fit(
                 return _finish(loop, base, settings, splits, batches, workdir, save)
         finally:
             metrics.close()
+            if cached is not None:
+                cached.close()
+            if mine:
+                (stores.remove if (workdir / "summary.json").exists() else stores.close)()
             for writer in writers:
                 writer.close()
 
@@ -147,9 +160,32 @@ def make_batches(task, adapter, splits, settings, seed, mesh=None, max_length=No
     return out
 
 
-def identity(base, adapter, task, settings, seed, batches) -> dict[str, Any]:
+def _stores(settings: TrainSettings, workdir: Path) -> RowStores:
+    gb = prefix_cache.GB
+    return RowStores(settings.prefix_cache_gb * gb, settings.prefix_cache_disk_gb * gb, workdir / "prefix_cache")
+
+
+def _cache(base, adapter, task, settings, total, batches, mesh, start, stores) -> prefix_cache.Cached | None:
+    """The run's prefix cache over the splits that it reads more than once; None where there is none."""
+    on = settings.prefix_cache == "on"
+    again = {
+        "train": total * settings.batch_size > len(batches["train"].rows),
+        "dev": "dev" in batches and total > (settings.eval_every or total),
+    }
+    repeated = {name: batches[name] for name in again if name in batches and (on or again[name])}
+    if settings.prefix_cache == "off" or not repeated:
+        return None
+    delta = jax.eval_shape(lambda: init_delta(base, adapter)) if start is None else start
+    paths = prefix_cache.adapted_paths(adapter, base.variables, delta)
+    return prefix_cache.for_run(
+        base, paths, task, repeated, stores, mode=settings.prefix_cache, accumulate=settings.accumulate, mesh=mesh
+    )
+
+
+def identity(base, adapter, task, settings, seed, batches, cached=None) -> dict[str, Any]:
     """What must be the same for a run to be the same run."""
-    own = {f"train.{k}": v for k, v in dataclasses.asdict(settings).items() if k not in SHOWN_ONLY}
+    shown = {*SHOWN_ONLY, *(() if cached and cached.without_dropout else ("prefix_cache",))}
+    own = {f"train.{k}": v for k, v in dataclasses.asdict(settings).items() if k not in shown}
     return {
         "seed": seed,
         "adapter": adapter.spec,
@@ -160,7 +196,7 @@ def identity(base, adapter, task, settings, seed, batches) -> dict[str, Any]:
     }
 
 
-def _parts(base, adapter, task, settings, total, seed, mesh, echo, start) -> dict[str, Any]:
+def _parts(base, adapter, task, settings, total, seed, mesh, echo, start, cached) -> dict[str, Any]:
     """Everything that lives on the devices or is compiled for them."""
     learning_rate = optim.make_schedule(settings.schedule, settings.learning_rate, total, settings.warmup)
     tx = optim.make_optimizer(
@@ -181,10 +217,13 @@ def _parts(base, adapter, task, settings, total, seed, mesh, echo, start) -> dic
     rules = getattr(getattr(base, "family", None), "sharding", ())
     specs = None if mesh is None else sharding.base_specs(base.variables, rules, mesh, note=echo)
     places = state_shardings(state, mask, specs, mesh)
-    apply = lift(base.apply)
+    variables = sharding.place_base(base.variables, specs, mesh)
+    apply, task = lift(base.apply if cached is None else cached.apply), task if cached is None else cached.task
+    if cached is not None:
+        cached.variables = variables
     return {
         "state": jax.device_put(state, places),
-        "variables": sharding.place_base(base.variables, specs, mesh),
+        "variables": variables,
         "mask": mask,
         "train_step": make_train_step(
             apply, adapter, task, tx, mask, accumulate=settings.accumulate, out_shardings=places if mesh else None

@@ -35,6 +35,10 @@ class TrainSettings:
       share_rows: the examples of each step share rows, so that padding is hardly computed; `batch_size` still counts
         examples. Off by itself for a method that needs a row for each text (`Adapter.own_rows`).
       buckets: lengths that rows are padded to; see `data.buckets.choose`.
+      prefix_cache: whether what lies below the adapter is computed once for all epochs: 'auto' where that changes
+        nothing and pays, 'on' with the base's own dropout turned off, 'off'; see `prefix_cache.for_run`.
+      prefix_cache_gb: memory of the host that it may take, in 10^9 bytes.
+      prefix_cache_disk_gb: room in the work directory, for what does not fit into memory.
     """
 
     steps: int = 0
@@ -59,6 +63,9 @@ class TrainSettings:
     packing: bool = False
     share_rows: bool = False
     buckets: Any = None
+    prefix_cache: str = "auto"
+    prefix_cache_gb: float = 2.0
+    prefix_cache_disk_gb: float = 0.0
 
     def __post_init__(self):
         for name, least in _LEAST.items():
@@ -83,6 +90,8 @@ class TrainSettings:
                 "train.packing and train.share_rows are both on: packing fills rows for the whole run, shared rows "
                 "those of each step; set one of them to false"
             )
+        if self.prefix_cache not in ("auto", "on", "off"):
+            raise UserError(f"train.prefix_cache={self.prefix_cache!r}: expected auto, on or off")
         optim.make_schedule(self.schedule, self.learning_rate, max(self.steps, 1), 0)  # its kind is checked there
         if self.warmup < 1 or self.steps:
             optim.warmup_steps(self.warmup, max(self.steps, 1))
@@ -97,6 +106,7 @@ _LEAST: dict[str, float] = {
     "steps": 0, "epochs": 0.0, "batch_size": 1, "eval_batch_size": 0, "learning_rate": 0.0, "warmup": 0.0,
     "weight_decay": 0.0, "clip_norm": 0.0, "accumulate": 1, "b1": 0.0, "b2": 0.0, "eps": 0.0, "lora_plus_ratio": 0.0,
     "eval_every": 0, "checkpoint_every": 0, "log_every": 1, "patience": 0, "keep": 1,
+    "prefix_cache_gb": 0.0, "prefix_cache_disk_gb": 0.0,
 }  # fmt: skip
 # What may differ when a run is resumed: it changes what is shown and kept, not what is computed.
-SHOWN_ONLY = ("log_every", "checkpoint_every", "keep")
+SHOWN_ONLY = ("log_every", "checkpoint_every", "keep", "prefix_cache_gb", "prefix_cache_disk_gb")

@@ -35,6 +35,7 @@ ORDER = [
     ["evaluate"],
     ["checkpoint"],
     ["loop"],
+    ["prefix_cache"],
     ["train"],
     ["generate"],
     ["export"],

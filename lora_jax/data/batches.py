@@ -39,6 +39,7 @@ class Batches:
     Attributes:
       batch_size: rows of a batch; examples, where they share rows.
       rows: the example numbers of each row, before the examples of a step share rows.
+      row_sizes: the tokens of each row.
       segments: S, the examples that a row has place for; 1 where each has its own.
       lengths: the bucket lengths, ascending; every batch has one of them.
       steps_per_epoch: batches that hold every row at least once.
@@ -89,11 +90,11 @@ class Batches:
             else tuple((i,) for i in range(len(sizes)))
         )
         self.segments = max(len(row) for row in self.rows)
-        self._row_sizes = [sum(sizes[i] for i in row) for row in self.rows]
+        self.row_sizes = tuple(sum(sizes[i] for i in row) for row in self.rows)
         if packing and buckets is None:
-            self.lengths: tuple[int, ...] = (bucket_lengths.round_up(max(self._row_sizes), capacity),)
+            self.lengths: tuple[int, ...] = (bucket_lengths.round_up(max(self.row_sizes), capacity),)
         else:
-            self.lengths = bucket_lengths.choose(self._row_sizes, batch_size, max_length, buckets)
+            self.lengths = bucket_lengths.choose(self.row_sizes, batch_size, max_length, buckets)
         self.steps_per_epoch = -(-len(self.rows) // batch_size)
         self._order = functools.lru_cache(maxsize=4)(self._permutation)
         self.row_counts: tuple[int, ...] = (batch_size,)
@@ -109,12 +110,12 @@ class Batches:
         """
         if step < 0:
             raise IndexError(f"steps count from 0, got {step}")
-        return self._collate(self._drawn(step))
+        return self.collate(self._drawn(step))
 
     def in_order(self) -> Iterator[Batch]:
         """Every row exactly once, in order; the last batch is filled with empty rows (ids -1, everything else 0)."""
         for first in range(0, len(self.rows), self.batch_size):
-            yield self._collate(list(range(first, min(first + self.batch_size, len(self.rows)))))
+            yield self.collate(list(range(first, min(first + self.batch_size, len(self.rows)))))
 
     def _drawn(self, step: int) -> list[int]:
         """The rows that a step draws."""
@@ -124,8 +125,8 @@ class Batches:
 
     def _share(self, capacity: int, bound: int, multiple: int) -> None:
         """Chooses the shape of batches whose examples share rows; the shapes are the same for every seed."""
-        self._multiple, self.lengths = multiple, (bucket_lengths.round_up(max(self._row_sizes), capacity),)
-        fitting = max(1, self.lengths[0] // min(self._row_sizes))
+        self._multiple, self.lengths = multiple, (bucket_lengths.round_up(max(self.row_sizes), capacity),)
+        fitting = max(1, self.lengths[0] // min(self.row_sizes))
         self.segments = min(bound, self.batch_size, fitting)
         order = packing_plan.permutation(len(self.rows), 0, 1).tolist()
         starts = range(0, max(1, len(order) - self.batch_size + 1), self.batch_size)
@@ -133,38 +134,49 @@ class Batches:
         self.row_counts = sharing.choose_counts([len(self._shared(drawn)) for drawn in looked], multiple)
 
     def _shared(self, drawn: list[int]) -> list[tuple[int, ...]]:
-        return sharing.rows_of(drawn, self._row_sizes, self.lengths[0], self.segments)
+        return sharing.rows_of(drawn, self.row_sizes, self.lengths[0], self.segments)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 over examples, plan and order: two objects with the same one give the same batch at every step."""
         shape = (self.batch_size, self._seed, self.lengths)
         total = hashlib.sha256(repr((*shape, self.row_counts) if self.share_rows else shape).encode())
+        self._hash_rows(total)
+        return total.hexdigest()
+
+    @functools.cached_property
+    def rows_fingerprint(self) -> str:
+        """sha256 over examples and plan, not the order: two objects with the same one have the same rows."""
+        total = hashlib.sha256()
+        self._hash_rows(total)
+        return total.hexdigest()
+
+    def _hash_rows(self, total: Any) -> None:
         total.update(packing_plan.fingerprint(self.rows).encode())
         for example in self._examples:
             for key in sorted(example):
                 value = np.ascontiguousarray(example[key])
                 total.update(f"{key}{value.dtype}{value.shape}".encode() + value.tobytes())
-        return total.hexdigest()
 
     @property
     def fill(self) -> float:
         """The share of real tokens if every row were padded to the longest bucket."""
         rows = len(self.rows) * self.row_counts[0] / self.batch_size
-        return sum(self._row_sizes) / (rows * self.lengths[-1])
+        return sum(self.row_sizes) / (rows * self.lengths[-1])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         # The plan takes stream 0.
         return packing_plan.permutation(len(self.rows), self._seed, epoch + 1)
 
-    def _collate(self, drawn: list[int]) -> Batch:
-        longest = max(self._row_sizes[r] for r in drawn)
+    def collate(self, drawn: Sequence[int]) -> Batch:
+        """A batch of given rows, at most `batch_size`, filled up with empty ones."""
+        longest = max(self.row_sizes[r] for r in drawn)
         length = next(n for n in self.lengths if n >= longest)
         rows, count = [self.rows[r] for r in drawn], self.batch_size
         if self.share_rows:
-            rows = self._shared(drawn)
+            rows = self._shared(list(drawn))
             count = sharing.filled_up(len(rows), self.row_counts, self._multiple)
-        batch = self._empty(count, length)
+        batch = self.empty(length, count)
         for b, row in enumerate(rows):
             start = 0
             for s, i in enumerate(row):
@@ -172,7 +184,9 @@ class Batches:
                 batch["ids"][b, s] = i
         return batch
 
-    def _empty(self, count: int, length: int) -> Batch:
+    def empty(self, length: int, count: int | None = None) -> Batch:
+        """A batch of empty rows, `batch_size` of them unless told: what every batch of this length looks like."""
+        count = self.batch_size if count is None else count
         tokens, segments = (count, length), (count, self.segments)
         batch = {key: np.zeros(tokens, np.int32) for key in ("tokens", "segment_ids", "positions")}
         for key, value in self._examples[0].items():

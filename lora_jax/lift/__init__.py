@@ -6,8 +6,11 @@ ways in.
 """
 
 from lora_jax.lift.find import find_sites
+from lora_jax.lift.frontier import Split, is_random, split
 from lora_jax.lift.moments import input_moments
 from lora_jax.lift.trace import lift
 from lora_jax.lift.weight import AdaptedWeight, Axes, is_adapted
 
-__all__ = ["AdaptedWeight", "Axes", "find_sites", "input_moments", "is_adapted", "lift"]
+__all__ = [
+    "AdaptedWeight", "Axes", "Split", "find_sites", "input_moments", "is_adapted", "is_random", "lift", "split",
+]  # fmt: skip
