@@ -69,6 +69,7 @@ class Cached:
       share: the prefix's part of a forward pass.
       without_dropout: whether the base has dropout that is off because of the cache.
       notes: what to tell the user, one line each.
+      cut: where the function is split; two caches of one model with the same cut have the same `apply`.
     """
 
     apply: Callable
@@ -78,6 +79,7 @@ class Cached:
     share: float = 0.0
     without_dropout: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
+    cut: str = ""
     _keys: list[str] = dataclasses.field(default_factory=list)
     _stores: RowStores | None = None
 
@@ -188,11 +190,12 @@ def for_run(
     found = Cached(apply, _with_frontier(task), dict(batches), base.variables, without_dropout=random)
     if random:
         found.notes.append("train.prefix_cache=on: the base's own dropout is off for this run")
+    found.cut = f"none {random}"
     if parts is None:
         why = "no product of the base lies below the adapter" if mesh is None else "the run has more than one device"
         found.notes.append(f"prefix cache off: {why}")
         return found
-    found.share = parts.share
+    found.share, found.cut = parts.share, f"{parts.cut} {random}"
     _open(found, base, parts, batches, stores)
     return found
 

@@ -94,8 +94,8 @@ def fit(
     total = settings.total(batches["train"].steps_per_epoch)
     adapter = adapters.for_steps(adapter, total)
     mine = stores is None
-    stores = stores or _stores(settings, workdir)
-    cached = _cache(base, adapter, task, settings, total, batches, mesh, start, stores)
+    stores = stores or make_stores(settings, workdir)
+    cached = plan_cache(base, [(adapter, start)], task, settings, total, batches, stores, mesh)
     own = identity(base, adapter, task, settings, seed, batches, cached)
     manifest.open_run(workdir / "manifest.json", manifest.collect(own, mesh=mesh, extra=about))
     with (
@@ -160,13 +160,19 @@ def make_batches(task, adapter, splits, settings, seed, mesh=None, max_length=No
     return out
 
 
-def _stores(settings: TrainSettings, workdir: Path) -> RowStores:
+def make_stores(settings: TrainSettings, workdir: Path) -> RowStores:
+    """Where the prefix cache keeps activations, as the settings say."""
     gb = prefix_cache.GB
     return RowStores(settings.prefix_cache_gb * gb, settings.prefix_cache_disk_gb * gb, workdir / "prefix_cache")
 
 
-def _cache(base, adapter, task, settings, total, batches, mesh, start, stores) -> prefix_cache.Cached | None:
-    """The run's prefix cache over the splits that it reads more than once; None where there is none."""
+def plan_cache(base, arms, task, settings, total, batches, stores, mesh=None) -> prefix_cache.Cached | None:
+    """The prefix cache over the splits that are read more than once; None where there is none.
+
+    Args:
+      arms: (adapter, its first delta or None) of each arm that trains.
+      base, task, settings, total, batches, stores, mesh: of all of them.
+    """
     on = settings.prefix_cache == "on"
     again = {
         "train": total * settings.batch_size > len(batches["train"].rows),
@@ -175,11 +181,17 @@ def _cache(base, adapter, task, settings, total, batches, mesh, start, stores) -
     repeated = {name: batches[name] for name in again if name in batches and (on or again[name])}
     if settings.prefix_cache == "off" or not repeated:
         return None
-    delta = jax.eval_shape(lambda: init_delta(base, adapter)) if start is None else start
-    paths = prefix_cache.adapted_paths(adapter, base.variables, delta)
+    found = [_adapted(base, adapter, start) for adapter, start in arms]
+    known = [paths for paths in found if paths is not None]
+    everything = frozenset().union(*known) if len(known) == len(found) else None
     return prefix_cache.for_run(
-        base, paths, task, repeated, stores, mode=settings.prefix_cache, accumulate=settings.accumulate, mesh=mesh
+        base, everything, task, repeated, stores, mode=settings.prefix_cache, accumulate=settings.accumulate, mesh=mesh
     )
+
+
+def _adapted(base, adapter, start) -> frozenset[str] | None:
+    delta = jax.eval_shape(lambda: init_delta(base, adapter)) if start is None else start
+    return prefix_cache.adapted_paths(adapter, base.variables, delta)
 
 
 def identity(base, adapter, task, settings, seed, batches, cached=None) -> dict[str, Any]:

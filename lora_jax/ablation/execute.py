@@ -18,11 +18,12 @@ from lora_jax.ablation.arms import Arm, digest
 from lora_jax.ablation.fit import fit_together
 from lora_jax.ablation.packed import Pack
 from lora_jax.assemble import Parts, load_base, load_data, make_adapter, make_mesh, make_task, save_adapter, start_data
+from lora_jax.data.row_store import RowStores
 from lora_jax.errors import UserError
 from lora_jax.records import plain
 from lora_jax.settings import Config
 from lora_jax.stopping import Diverged
-from lora_jax.train import fit, init_delta
+from lora_jax.train import fit, init_delta, make_stores
 
 Ended = Callable[[str, str], None]  # (arm id, why it failed or '')
 SUMMARY, FAILURE, COST, CONFIG = "summary.json", "failure.json", "cost.json", "config.json"
@@ -84,6 +85,7 @@ def _alone(arm: Arm, workdir: Path, tick: Any) -> None:
         parts.base, parts.adapter, parts.task, parts.splits, arm.config.train, run_folder(workdir, arm.id),
         seed=arm.config.seed, mesh=parts.mesh, max_length=arm.config.data.max_length, echo=echo, start=start,
         about={"config": arm.values}, save=lambda where, delta: save_adapter(where, parts, delta),
+        stores=_stores(arm.config, workdir),
     )  # fmt: skip
 
 
@@ -104,8 +106,15 @@ def _together(arms: Sequence[Arm], workdir: Path, close: Ended, tick: Any) -> No
         about=[{"config": arm.values, "arms_together": [other.id for other in arms]} for arm in arms],
         ended=lambda index, why: close(arms[index].id, why),
         tick=tick or (lambda step, total: None),
-        compiled=lambda pack, make: _once("program", _program_key(pack, first, config), make),
+        compiled=lambda pack, cut, make: _once("program", (cut, *_program_key(pack, first, config)), make),
+        stores=_stores(config, workdir),
     )  # fmt: skip
+
+
+def _stores(config: Config, workdir: Path) -> RowStores:
+    """One for all packs of a grid: what two of them have in common is computed once."""
+    sizes = (config.train.prefix_cache_gb, config.train.prefix_cache_disk_gb, str(workdir))
+    return _once("stores", sizes, lambda: make_stores(config.train, workdir))
 
 
 def _save(parts: Parts, where: Path, delta: Any) -> None:

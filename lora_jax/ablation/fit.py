@@ -11,8 +11,9 @@ from lora_jax import adapters, optim
 from lora_jax.ablation.packed import Pack, Program, make_program
 from lora_jax.ablation.together import Job, Together
 from lora_jax.adapters import Adapter
+from lora_jax.data.row_store import RowStores
 from lora_jax.errors import UserError
-from lora_jax.train import identity, init_delta, make_batches, make_plan
+from lora_jax.train import identity, init_delta, make_batches, make_plan, make_stores, plan_cache
 from lora_jax.train_settings import TrainSettings
 
 # What the arms' settings may differ in.
@@ -34,7 +35,8 @@ def fit_together(
     about: Sequence[Mapping[str, Any]] | None = None,
     ended: Callable[[int, str], None] = lambda index, why: None,
     tick: Callable[[int, int], None] = lambda step, total: None,
-    compiled: Callable[[Pack, Callable[[], Program]], Program] = lambda pack, make: make(),
+    compiled: Callable[[Pack, str, Callable[[], Program]], Program] = lambda pack, cut, make: make(),
+    stores: RowStores | None = None,
 ) -> None:
     """Trains arms in one compiled program, or goes on with arms that were broken off.
 
@@ -52,7 +54,9 @@ def fit_together(
       about: more fields of each manifest.
       ended: is called with an arm's index, and why it failed or '', when its files are there.
       tick: is called with (step, total) at every log line.
-      compiled: gives the program, by `make()` or one that was made for another pack of the same signature.
+      compiled: gives the program, by `make()` or one that was made for another pack of the same signature and the same
+        cut of the prefix cache.
+      stores: where the prefix cache keeps activations; packs may share it. None: as the settings say.
 
     Raises:
       UserError: settings that cannot share a program, or whatever `train.fit` raises.
@@ -63,22 +67,36 @@ def fit_together(
     batches = make_batches(task, methods[0], splits, first, seed, None, max_length)
     total = first.total(batches["train"].steps_per_epoch)
     timed = [adapters.for_steps(method, total) for method in methods]
-    pack = Pack(timed[0], [init_delta(base, method, seed) for method in timed], settings, total)
-    program = compiled(pack, lambda: make_program(pack, base.apply, timed[0], task, first, total))
+    starts = [init_delta(base, method, seed) for method in timed]
+    pack = Pack(timed[0], starts, settings, total)
+    stores = stores or make_stores(first, Path(folder))
+    cached = plan_cache(base, [*zip(timed, starts, strict=True)], task, first, total, batches, stores)
+    variables = jax.device_put(base.variables, jax.devices()[0])
+    apply, full = base.apply, task
+    if cached is not None:
+        cached.variables, apply, task = variables, cached.apply, cached.task
+    program = compiled(
+        pack, cached.cut if cached else "", lambda: make_program(pack, apply, timed[0], task, first, total)
+    )
     jobs = [
         Job(
-            Path(workdir), method, identity(base, method, task, own, seed, batches),
+            Path(workdir), method, identity(base, method, full, own, seed, batches, cached),
             saves[i] if saves else _unsaved, about[i] if about else {},
         )
         for i, (workdir, method, own) in enumerate(zip(workdirs, timed, settings, strict=True))
     ]  # fmt: skip
-    Together(
+    together = Together(
         jobs=jobs, pack=pack, program=program, hyper=pack.hyper(), state=pack.state(program, seed),
-        variables=jax.device_put(base.variables, jax.devices()[0]), task=task, splits=splits, batches=batches,
+        variables=variables, task=task, splits=splits, batches=batches | (cached.batches if cached else {}),
         plan=make_plan(first, total), patience=[own.patience for own in settings],
         learning_rates=[optim.make_schedule(s.schedule, s.learning_rate, total, s.warmup) for s in settings],
         folder=Path(folder), ended=ended, tick=lambda step: tick(step, total),
-    ).run()  # fmt: skip
+    )  # fmt: skip
+    try:
+        together.run()
+    finally:
+        if cached is not None:
+            cached.close()
 
 
 def _unsaved(where: Path, delta: Any) -> None:

@@ -12,6 +12,7 @@ import standin
 import lora_jax as lj
 from lora_jax import records
 from lora_jax.ablation.fit import fit_together
+from lora_jax.data.row_store import RowStores
 from lora_jax.errors import UserError
 from lora_jax.train import TrainSettings, fit
 
@@ -155,3 +156,16 @@ def _stops(original, stop):
         return original(self, step)
 
     return get
+
+
+def test_arms_share_a_prefix_that_is_computed_once(tmp_path):
+    """Both arms adapt the last layer alone; with the cache their losses are those without."""
+    own = dataclasses.replace(PLAIN, steps=10, log_every=1, eval_every=5)  # 24 rows of 4: rows come again
+    arms = [(lj.lora(rank=2, layers="last:1"), own), (lj.lora(rank=1, layers="last:1"), own)]
+    off = [(method, dataclasses.replace(settings, prefix_cache="off")) for method, settings in arms]
+    stores = RowStores(1e8)
+    cached, plain = together(tmp_path / "on", arms, stores=stores), together(tmp_path / "off", off)
+    kept = list(stores._stores.values())
+    assert kept and all(store.present.all() for store in kept)
+    for i in range(2):
+        np.testing.assert_allclose(cached[i][1], plain[i][1], rtol=1e-5)
