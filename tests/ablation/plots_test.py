@@ -151,16 +151,14 @@ def test_dots_show_groups_from_top_to_bottom_with_the_baseline(tmp_path, drawn):
     axes = drawn[0].axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "last:1", "all"] and axes.get_ylabel() == "layers"
     assert list(axes.get_yticks()) == [2, 1, 0]
-    np.testing.assert_allclose(axes.lines[0].get_xdata(), [100 * g.interval().mean for g in made])
+    means, halves = zip(*((100 * g.interval().mean, 100 * g.interval().half) for g in made))
+    [points] = [line for line in axes.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(np.asarray(points.get_xdata(orig=False), float), means)
     [bars] = axes.collections
-    mean, half = made[0].interval().mean, made[0].interval().half
-    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [100 * (mean + s * half)
-                                                              for s in (-1, 1)])  # fmt: skip
-    assert axes.lines[-1].get_xdata()[0] == 100 * made[2].interval().mean
-    assert (
-        plot.caption.endswith("Dotted: the baseline, layers=all.")
-        and [r["group"] for r in table(plot)][2] == "layers=all"
-    )
+    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [means[0] - halves[0], means[0] + halves[0]])
+    [baseline] = [line for line in axes.lines if line.get_linestyle() == ":"]
+    assert baseline.get_xdata()[0] == means[2] and table(plot)[2]["group"] == "layers=all"
+    assert plot.caption.endswith("Dotted: the baseline, layers=all.")
     assert "Dotted" not in plots.dots(made, tmp_path / "none.png", M).caption
 
 

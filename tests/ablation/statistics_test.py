@@ -78,6 +78,8 @@ def test_power_is_that_of_the_noncentral_t(n, effect, level):
 def test_the_smallest_difference_found_has_that_power():
     size = statistics.smallest_found(0.02, 5, level=0.01, chance=0.8)
     assert math.isclose(statistics.power(size, 0.02, 5, 0.01), 0.8, abs_tol=1e-3)
+    few = statistics.smallest_found(1.0, 2)  # far above the spread
+    assert few > 8 and math.isclose(statistics.power(few, 1.0, 2), 0.8, abs_tol=1e-3)
     assert statistics.smallest_found(0.02, 20) < statistics.smallest_found(0.02, 5) < size
     assert statistics.seeds_needed(statistics.smallest_found(1.0, 9) * 1.001, 1.0) == 9
 
