@@ -119,7 +119,10 @@ def by_axis(effects: Sequence[Comparison], better: str, level: float = LEVEL) ->
         for c in real
     ]
     rest = len(effects) - len(real)
-    parts += [f"{rest} others cannot be told from the baseline's value" if parts else f"none of {rest} can be told"]
+    if rest:
+        parts.append(
+            f"{rest} more cannot be told from the baseline's value" if parts else f"none of {rest} can be told"
+        )
     return f"Each axis averaged over the others (paired over seeds, {_family(effects)}): {'; '.join(parts)}."
 
 

@@ -21,6 +21,7 @@ from lora_jax.ablation.statistics import LEVEL
 from lora_jax.errors import UserError, did_you_mean
 
 PLOTS = "plots"
+MISSING = "missing"
 USUAL = ("dev.accuracy", "dev.macro_f1", "dev.exact_match", "dev.bleu", "dev.loss", "test.accuracy", "test.loss")
 
 Baseline = str | Mapping[str, Any]
@@ -61,13 +62,16 @@ def write(
     """
     folder = Path(workdir)
     described = grid_file.read(folder)
-    rows = _rows(folder, described)
+    every = _rows(folder, described)
+    # The others have not run yet: that is no failure, and tells nothing.
+    rows = [row for row in every if row.get("status") != MISSING]
     metric = _metric(rows, described, metric)
+    named = {*(arm.get("id") for arm in described.arms), *(row["arm"] for row in every)}
     better = verdicts.better_is(metric, described.better if metric == described.metric else None)
     numbers = any(groups.counts(row, metric) for row in rows)
     judged = _judge(rows, metric, better, baseline, described, level) if numbers else None
     gallery = Gallery(folder, folder / PLOTS, metric, better)
-    told = _told(folder, rows, metric, better, judged, described)
+    told = _told(folder, rows, len(named) - len(rows), metric, better, judged, described)
     if judged is not None:
         _clear(folder / PLOTS)
         gallery.fill(rows, judged.made, judged.base, judged.found, judged.metric)
@@ -149,10 +153,14 @@ def _compare(made: Sequence[Group], base: Group, metric: str, better: str, level
 
 
 def _told(
-    folder: Path, rows: Sequence[Row], metric: str, better: str, judged: Judged | None, described: GridFile
+    folder: Path,
+    rows: Sequence[Row],
+    missing: int,
+    metric: str,
+    better: str,
+    judged: Judged | None,
+    described: GridFile,
 ) -> Told:
-    ran = {row["arm"] for row in rows}
-    missing = sum(arm.get("id") not in ran for arm in described.arms)
     failed = sum(not groups.counts(row, metric) for row in rows)
     shown = judged.metric if judged else metric
     split = shown.partition(".")[0]

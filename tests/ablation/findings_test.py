@@ -118,4 +118,7 @@ def test_axes_by_themselves(effect, words):
     grid = worlds.cells(adapter__rank=[1, 4, 16], adapter__layers=["last:1", "all"], seed=range(3))
     rows = worlds.rows(grid, lambda c: 0.8 + effect * (c["adapter.layers"] == "all"), spread=0.002)
     compared = effects.compare(rows, M, {"adapter.rank": 4, "adapter.layers": "all"})
-    assert words in findings.by_axis(compared, "max")
+    text = findings.by_axis(compared, "max")
+    assert words in text and ("2 more cannot be told from" in text) == (effect > 0)
+    real = [c for c in compared if c.p <= 0.05]
+    assert not real or "cannot" not in findings.by_axis(real, "max")

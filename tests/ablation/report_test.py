@@ -154,10 +154,25 @@ def test_unfinished_and_failed_grids_say_so(tmp_path):
     assert len(written) == 4 and "Nothing yet" in page(tmp_path)[1] and "diverged: the loss is NaN" in page(tmp_path)[1]
     worlds.write(tmp_path, worlds.rows(worlds.RANK_GRID, worlds.rank_effect)[:30])
     about = records.read_json(tmp_path / "grid.json")
-    about["arms"] += [{"id": "later", "label": "", "axes": {}}] * 24
+    about["arms"] += [{"id": f"later{i}", "label": "", "axes": {}} for i in range(24)]
     records.write_json(tmp_path / "grid.json", about)
     report.write(tmp_path)
     assert "30 done, 24 not run" in page(tmp_path)[1] and "24 arms of the grid have not run" in page(tmp_path)[1]
+
+
+def test_rows_of_arms_that_have_not_run_are_no_failures(tmp_path):
+    rows = worlds.rows(worlds.cells(adapter__rank=[1, 4], seed=range(3)), lambda c: None if c["seed"] == 2 else 0.8)
+    for row in rows:
+        row |= {"status": "missing", "reason": None} if row["status"] == "failed" else {}
+    worlds.write(tmp_path, rows, curves=False)
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        "4 done, 2 not run" in text and "failed" not in text and "left out" not in text and "2 seeds a choice" in text
+    )
+    worlds.write(tmp_path, [{**row, "status": "missing"} for row in rows], curves=False)
+    report.write(tmp_path)
+    assert "0 done, 6 not run" in (tmp_path / "report.md").read_text()
 
 
 def test_figures_of_an_earlier_report_are_not_left_behind(tmp_path):
