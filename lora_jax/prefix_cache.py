@@ -22,7 +22,7 @@ import numpy as np
 
 from lora_jax import trees
 from lora_jax.data import Batches
-from lora_jax.data.row_store import Kind, RowStore, RowStores, size
+from lora_jax.data.row_store import SEGMENT, Kind, Place, RowStore, RowStores, size
 from lora_jax.errors import UserError
 from lora_jax.lift import Split, is_adapted, is_random, lift, split
 
@@ -104,9 +104,7 @@ class CachedBatches:
         compute: batch -> its frontier.
         """
         self._inner, self._store, self._compute = inner, store, compute
-        self._row_of = np.full(1 + max(max(row) for row in inner.rows), -1)
-        for r, row in enumerate(inner.rows):
-            self._row_of[row[0]] = r
+        self._row_of = {row[0]: r for r, row in enumerate(inner.rows)}
         by_length = np.argsort(inner.row_sizes, kind="stable")
         self._blocks = [by_length[i : i + inner.batch_size] for i in range(0, len(by_length), inner.batch_size)]
         self._block_of = np.empty(len(by_length), int)
@@ -125,18 +123,32 @@ class CachedBatches:
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with its frontier; computes the blocks of rows that are not there yet."""
-        first = np.asarray(batch["ids"])[:, 0]
-        rows = np.where(first < 0, -1, self._row_of[first])
+        places = self._places(batch)
         with self._store.lock:
-            real = rows[rows >= 0]
+            real = np.asarray([place.row for row in places for place in row], int)
             for i in np.unique(self._block_of[real[~self._store.present[real]]]):
                 self._fill(self._blocks[i])
-            return {**batch, FIELD: self._store.batch(rows.tolist(), batch["tokens"].shape[1])}
+            return {**batch, FIELD: self._store.batch(places, batch["tokens"].shape[1], self._inner.segments)}
 
     def _fill(self, block: np.ndarray) -> None:
-        arrays = jax.device_get(self._compute(self._inner.collate(block.tolist())))
-        for b, row in enumerate(block):
-            self._store.put(int(row), [a[b] for a in arrays])
+        batch = self._inner.collate(block.tolist())
+        arrays = jax.device_get(self._compute(batch))
+        for b, places in enumerate(self._places(batch)):
+            for place in places:
+                self._store.put(place, [a[b] for a in arrays])
+
+    def _places(self, batch: Mapping[str, Any]) -> list[list[Place]]:
+        """Which rows of the plan lie where in each row of the batch."""
+        ids = np.asarray(batch["ids"])
+        if not self._inner.share_rows:
+            return [[] if row[0] < 0 else [Place(self._row_of[int(row[0])])] for row in ids]
+        starts = [
+            (segments[None] == np.arange(1, ids.shape[1] + 1)[:, None]).argmax(1) for segments in batch["segment_ids"]
+        ]
+        return [
+            [Place(self._row_of[int(i)], int(starts[b][s]), s) for s, i in enumerate(row) if i >= 0]
+            for b, row in enumerate(ids)
+        ]
 
 
 def for_run(
@@ -210,9 +222,6 @@ def _open(found: Cached, base, parts: Split, batches, stores: RowStores) -> None
     compute = lambda batch: prefix(found.variables, **found.task.inputs(batch))  # noqa: E731
     found._stores = stores
     for name, one in batches.items():
-        if one.share_rows:
-            found.notes.append(f"prefix cache off for {name}: train.share_rows makes new rows at every step")
-            continue
         key = _key(base, parts, one, kinds)
         store = stores.open(key, kinds, one.row_sizes)
         need = size(kinds, one.row_sizes) / GB
@@ -248,35 +257,52 @@ def _with_frontier(task: Any) -> Any:
     return dataclasses.replace(task, inputs=inputs)
 
 
-def _inputs(task: Any, batches: Batches, length: int, accumulate: int = 1) -> dict[str, Any]:
-    """The inputs of a (micro-)batch of some length."""
-    batch = batches.empty(length)
+def _inputs(task: Any, batches: Batches, length: int, accumulate: int = 1, more: int = 0) -> dict[str, Any]:
+    """The inputs of a (micro-)batch of some length, with place for so many `more` segments."""
+    batch = batches.empty(length, segments=batches.segments + more)
     return task.inputs({key: value[: len(value) // accumulate] for key, value in batch.items()})
 
 
 def _kinds(prefix: Callable, variables: Any, task: Any, batches: Mapping[str, Batches]) -> list[Kind] | None:
-    """What is kept of a row: an axis that is as long as the row at every length follows it."""
-    seen: list[tuple[int, list]] = []
-    for one in (one for one in batches.values() if not one.share_rows):
-        lengths = one.lengths if len(one.lengths) > 1 else (one.lengths[0], max(1, one.lengths[0] - 1))
-        for length in lengths:
-            try:
-                shapes = jax.eval_shape(prefix, variables, **_inputs(task, one, length))
-            except UserError:
-                return None  # the trace at this size is another program
-            seen.append((length, [(x.shape[1:], x.dtype) for x in shapes]))
-    kinds: list[Kind] = []
-    for i, (shape, dtype) in enumerate(seen[0][1] if seen else ()):
-        fixed = [all(shapes[i][0][a] == n for _, shapes in seen) for a, n in enumerate(shape)]
-        kind = Kind(tuple(n if same else None for n, same in zip(shape, fixed, strict=True)), np.dtype(dtype))
-        if any(kind.row(length) != shapes[i][0] for length, shapes in seen):
-            return None
-        kinds.append(kind)
-    return kinds
+    """What is kept of a row: which of its axes follow the row's length, and which count segments."""
+    seen: list[tuple[int, int, list]] = []  # (length, segments, shapes without the batch axis)
+    try:
+        for one in batches.values():
+            lengths = one.lengths if len(one.lengths) > 1 else (one.lengths[0], max(1, one.lengths[0] - 1))
+            sizes = [(length, 0) for length in lengths] + ([(lengths[0], 1)] if one.share_rows else [])
+            for length, more in sizes:
+                shapes = jax.eval_shape(prefix, variables, **_inputs(task, one, length, more=more))
+                seen.append((length, one.segments + more, [x.shape[1:] for x in shapes]))
+    except UserError:
+        return None  # the trace at this size is another program
+    kinds = [
+        Kind(_axes([(length, count, own[i]) for length, count, own in seen]), np.dtype(x.dtype))
+        for i, x in enumerate(shapes)
+    ]
+    if any(SEGMENT in kind.shape for kind in kinds) and not all(one.share_rows for one in batches.values()):
+        return None
+    fit = all(
+        kind.row(length, count) == own[i] for length, count, own in seen for i, kind in enumerate(kinds)
+    )  # fmt: skip
+    return kinds if fit else None
+
+
+def _axes(seen: list[tuple[int, int, tuple[int, ...]]]) -> tuple[int | None, ...]:
+    """The axes of one array: fixed where it is always as long, else the row's length, else segments."""
+    columns = list(zip(*(shape for *_, shape in seen), strict=True))
+    follows = lambda column: all(n == length for n, (length, *_) in zip(column, seen, strict=True))  # noqa: E731
+    return tuple(c[0] if len(set(c)) == 1 else None if follows(c) else SEGMENT for c in columns)
 
 
 def _key(base: Any, parts: Split, batches: Batches, kinds: list[Kind]) -> str:
     """Of a store: the base, the frontier, the rows, and all that the bits of a row depend on."""
     model = (base.fingerprint, repr(getattr(base, "config", None)), parts.cut)
-    shape = (batches.batch_size, batches.lengths, [(k.shape, str(k.dtype)) for k in kinds], jax.__version__)
+    shape = (
+        batches.batch_size,
+        batches.lengths,
+        batches.share_rows,
+        batches.segments,
+        [(k.shape, str(k.dtype)) for k in kinds],
+        jax.__version__,
+    )
     return hashlib.sha256(repr((model, batches.rows_fingerprint, shape)).encode()).hexdigest()[:32]

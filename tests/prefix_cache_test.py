@@ -148,11 +148,16 @@ BERT = dict(
 
 
 @pytest.mark.parametrize(
-    ("adapter", "packing"),
-    [(lj.lora(2, 4, targets="q,v", layers="last:1"), True), (lj.head(), True), (lj.head(), False)],
-    ids=["lora, packed rows", "head, packed rows", "head"],
-)
-def test_rows_of_a_classifier(adapter, packing):
+    ("adapter", "rows"),
+    [
+        (lj.lora(2, 4, targets="q,v", layers="last:1"), {"packing": True}),
+        (lj.head(), {"packing": True}),
+        (lj.head(), {}),
+        (lj.lora(2, 4, targets="q,v", layers="last:1"), {"share_rows": True}), (lj.head(), {"share_rows": True}),
+    ],
+    ids=["lora, packed rows", "head, packed rows", "head", "lora, shared rows", "head, shared rows"],
+)  # fmt: skip
+def test_rows_of_a_classifier(adapter, rows):
     base = models.from_config(BERT, num_labels=2)
     base = dataclasses.replace(base, variables=noisy(base.variables))
     rng = np.random.default_rng(0)
@@ -164,7 +169,7 @@ def test_rows_of_a_classifier(adapter, packing):
         for n in rng.integers(3, 12, 14)
     ]  # fmt: skip
     task = dataclasses.replace(standin.make_task(), inputs=tasks.base.inputs)
-    delta, batches, cached = batches_of(base, adapter, task, examples, max_length=24, packing=packing, buckets=1)
+    delta, batches, cached = batches_of(base, adapter, task, examples, max_length=24, buckets=1, **rows)
     bound, seen = adapter.bind(base.variables, delta), 0
     apply, whole = jax.jit(lift(cached.apply)), jax.jit(lift(base.apply))
     for batch, with_frontier in zip(batches.in_order(), cached.batches["train"].in_order(), strict=True):
@@ -177,6 +182,11 @@ def test_rows_of_a_classifier(adapter, packing):
         broken = {**inputs, "frontier": jax.tree.map(jnp.zeros_like, inputs["frontier"])}
         assert np.abs(apply(bound, **broken) - expected)[real].max() > 1e-3
         seen += real.sum()
+    again = cached.batches["train"]
+    for step in range(3):  # other rows side by side than in order
+        inputs, expected = cached.task.inputs(again[step]), whole(bound, **task.inputs(batches[step]))
+        real = batches[step]["ids"] >= 0
+        np.testing.assert_allclose(apply(bound, **inputs)[real], expected[real], rtol=1e-5, atol=1e-5)
     assert seen == 14 and cached.share > (0.9 if adapter.spec["method"] == "head" else 0.4)
 
 
@@ -200,20 +210,6 @@ def test_arms_that_train_together_share_one_frontier():
     for out, one in zip(run(inputs), (delta, other), strict=True):
         expected = jax.jit(lift(base.apply))(adapter.bind(base.variables, one), **task.inputs(batches[0]))
         np.testing.assert_allclose(out[real], expected[real], rtol=1e-4, atol=1e-5)
-
-
-def test_rows_that_change_at_every_step_are_not_kept():
-    """The examples of a step share its rows: the whole function runs there; dev has rows of its own and is cached."""
-    base = models.from_config(BERT)
-    adapter = lj.lora(2, 4, targets="v", layers="last:1")
-    examples = [{"tokens": np.arange(1, n, dtype=np.int32)} for n in (4, 7, 6, 5)]
-    task = dataclasses.replace(standin.make_task(), inputs=tasks.base.inputs)
-    delta = adapter.init(jax.random.key(0), base.variables, base.sites)
-    batches = {"train": Batches(examples, 4, max_length=16, share_rows=True), "dev": Batches(examples, 4)}
-    cached = prefix_cache.for_run(base, frozenset(delta), task, batches, RowStores(1e9))
-    assert said(cached.notes, "off for train: train.share_rows") and said(cached.notes, "over dev is computed once")
-    assert "frontier" not in cached.place(cached.batches["train"][0])
-    assert "frontier" in next(cached.batches["dev"].in_order())
 
 
 def test_which_paths_an_adapter_changes():

@@ -184,15 +184,21 @@ class Batches:
                 batch["ids"][b, s] = i
         return batch
 
-    def empty(self, length: int, count: int | None = None) -> Batch:
-        """A batch of empty rows, `batch_size` of them unless told: what every batch of this length looks like."""
+    def empty(self, length: int, count: int | None = None, segments: int | None = None) -> Batch:
+        """A batch of empty rows, `batch_size` of them unless told: what every batch of this length looks like.
+
+        Args:
+          length: tokens of a row.
+          count: of the rows.
+          segments: examples that a row has place for, if not as many as in this split.
+        """
         count = self.batch_size if count is None else count
-        tokens, segments = (count, length), (count, self.segments)
+        tokens, places = (count, length), (count, segments or self.segments)
         batch = {key: np.zeros(tokens, np.int32) for key in ("tokens", "segment_ids", "positions")}
         for key, value in self._examples[0].items():
             kind = np.float32 if np.issubdtype(np.asarray(value).dtype, np.floating) else np.int32
-            batch[key] = np.zeros(segments if np.ndim(value) == 0 else tokens, kind)
-        batch["ids"] = np.full(segments, -1, np.int32)
+            batch[key] = np.zeros(places if np.ndim(value) == 0 else tokens, kind)
+        batch["ids"] = np.full(places, -1, np.int32)
         return batch
 
 

@@ -13,19 +13,34 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+SEGMENT = -1  # in a shape: the axis counts the rows that lie side by side in one row of a batch
+
+
+class Place(NamedTuple):
+    """Where a row lies in a row of a batch: from token `start` on, as segment number `segment`."""
+
+    row: int
+    start: int = 0
+    segment: int = 0
+
 
 class Kind(NamedTuple):
     """Attributes:
-    shape: of one row; None stands for the row's length.
+    shape: of one row; None stands for the row's length, SEGMENT for the axis over rows that share one.
     dtype: of the array.
     """
 
     shape: tuple[int | None, ...]
     dtype: Any
 
-    def row(self, length: int) -> tuple[int, ...]:
+    def row(self, length: int, segments: int = 1) -> tuple[int, ...]:
         """The shape at a length."""
-        return tuple(length if n is None else n for n in self.shape)
+        return tuple(length if n is None else segments if n == SEGMENT else n for n in self.shape)
+
+    def part(self, place: Place, length: int) -> tuple[slice, ...]:
+        """Where a row of a length lies in the arrays of a row of a batch."""
+        at = {None: slice(place.start, place.start + length), SEGMENT: slice(place.segment, place.segment + 1)}
+        return tuple(at.get(n) or slice(n) for n in self.shape)
 
 
 def size(kinds: Sequence[Kind], lengths: Sequence[int]) -> int:
@@ -62,26 +77,30 @@ class RowStore:
         """Bytes when every row is there."""
         return size(self.kinds, self.lengths)
 
-    def put(self, row: int, arrays: Sequence[np.ndarray]) -> None:
-        """Keeps the arrays of one row, each cut to the row's length where it has such an axis."""
-        for place, array in zip(self._places(row), arrays, strict=True):
-            place[...] = array[tuple(slice(n) for n in place.shape)]
-        self.present[row] = True
+    def put(self, place: Place, arrays: Sequence[np.ndarray]) -> None:
+        """Keeps the arrays of one row, cut out of those of the row of a batch that it lies in."""
+        for kind, own, array in zip(self.kinds, self._places(place.row), arrays, strict=True):
+            own[...] = array[kind.part(place, self.lengths[place.row])]
+        self.present[place.row] = True
 
-    def batch(self, rows: Sequence[int], length: int) -> tuple[np.ndarray, ...]:
-        """The arrays of some rows, padded with zeros to one length; -1 is an empty row.
+    def batch(self, rows: Sequence[Sequence[Place]], length: int, segments: int = 1) -> tuple[np.ndarray, ...]:
+        """The arrays of a batch, zeros where no row lies.
+
+        Args:
+          rows: what lies in each row of the batch.
+          length: of the batch's rows.
+          segments: that a row of the batch has place for.
 
         Raises:
           KeyError: a row that was never put.
         """
-        out = tuple(np.zeros((len(rows), *kind.row(length)), kind.dtype) for kind in self.kinds)
-        for b, row in enumerate(rows):
-            if row < 0:
-                continue
-            if not self.present[row]:
-                raise KeyError(f"row {row} is not in the store")
-            for array, place in zip(out, self._places(row), strict=True):
-                array[b][tuple(slice(n) for n in place.shape)] = place
+        out = tuple(np.zeros((len(rows), *kind.row(length, segments)), kind.dtype) for kind in self.kinds)
+        for b, places in enumerate(rows):
+            for place in places:
+                if not self.present[place.row]:
+                    raise KeyError(f"row {place.row} is not in the store")
+                for kind, array, own in zip(self.kinds, out, self._places(place.row), strict=True):
+                    array[b][kind.part(place, self.lengths[place.row])] = own
         return out
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_jax.data.row_store import Kind, RowStore, RowStores, size
+from lora_jax.data.row_store import SEGMENT, Kind, Place, RowStore, RowStores, size
 
 KINDS = (Kind((None, 3), np.float32), Kind((2, None, None), np.float16), Kind((4,), np.int32))
 LENGTHS = (2, 5, 3)
@@ -21,10 +21,10 @@ def test_rows_are_cut_and_padded(tmp_path, on_disk):
     store = RowStore(KINDS, LENGTHS, tmp_path / "s" if on_disk else None)
     assert store.nbytes == size(KINDS, LENGTHS) == BYTES
     for row, length in enumerate(LENGTHS):
-        store.put(row, arrays(row, 6))
+        store.put(Place(row), arrays(row, 6))
         assert store.present[row] and store.present.sum() == row + 1
         assert length < 6
-    out = store.batch([1, -1, 0], 7)
+    out = store.batch([[Place(1)], [], [Place(0)]], 7)
     for kind, array in zip(KINDS, out, strict=True):
         assert array.shape == (3, *kind.row(7)) and array.dtype == kind.dtype
     assert not any(array[1].any() for array in out)
@@ -40,18 +40,18 @@ def test_rows_are_cut_and_padded(tmp_path, on_disk):
 
 def test_a_row_that_is_missing_is_an_error():
     with pytest.raises(KeyError, match="row 2"):
-        RowStore(KINDS, LENGTHS).batch([2], 7)
+        RowStore(KINDS, LENGTHS).batch([[Place(2)]], 7)
 
 
 def test_a_store_on_disk_is_found_again_once_it_was_closed(tmp_path):
     store = RowStore(KINDS, LENGTHS, tmp_path)
-    store.put(1, arrays(1, 5))
-    before = store.batch([1], 5)
+    store.put(Place(1), arrays(1, 5))
+    before = store.batch([[Place(1)]], 5)
     assert not RowStore(KINDS, LENGTHS, tmp_path).present.any()  # as after a crash
     store.close()
     again = RowStore(KINDS, LENGTHS, tmp_path)
     assert again.present.tolist() == [False, True, False]
-    assert all(np.array_equal(a, b) for a, b in zip(again.batch([1], 5), before, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(again.batch([[Place(1)]], 5), before, strict=True))
     (tmp_path / "1.bin").write_bytes(b"short")
     assert not RowStore(KINDS, LENGTHS, tmp_path).present.any()
 
@@ -64,7 +64,7 @@ def test_memory_first_then_disk_then_nothing(tmp_path):
     assert stores.open("a", KINDS, LENGTHS) is first
     stores.release("a")
     assert stores.open("c", KINDS, LENGTHS) is None  # a second run still uses it
-    first.put(0, arrays(0, 2))
+    first.put(Place(0), arrays(0, 2))
     stores.release("a")
     third = stores.open("c", KINDS, LENGTHS)
     assert third is not None and third.folder is None and not first.present.any()
@@ -76,9 +76,23 @@ def test_memory_first_then_disk_then_nothing(tmp_path):
 def test_what_an_earlier_process_left_on_disk_counts(tmp_path):
     for key in ("old", "mine"):
         store = RowStore(KINDS, LENGTHS, tmp_path / key)
-        store.put(0, arrays(0, 2))
+        store.put(Place(0), arrays(0, 2))
         store.close()
     stores = RowStores(0, 2 * BYTES, tmp_path)
     assert stores.open("mine", KINDS, LENGTHS).present[0] and (tmp_path / "old").exists()
     assert stores.open("new", KINDS, LENGTHS) is not None
     assert not (tmp_path / "old").exists() and (tmp_path / "mine").exists()
+
+
+def test_rows_that_share_a_row_lie_side_by_side():
+    kinds = [Kind((None, 2), np.float32), Kind((SEGMENT, 3), np.float32)]
+    store = RowStore(kinds, [2, 3])
+    tokens, segments = np.arange(12.0).reshape(6, 2), np.arange(12.0).reshape(4, 3)
+    store.put(Place(0, start=3, segment=1), [tokens, segments])
+    store.put(Place(1, start=0, segment=0), [tokens, segments])
+    [whole, places] = store.batch([[Place(0), Place(1, 2, 1)], [Place(1, 1, 2)]], 5, 4)
+    assert whole.shape == (2, 5, 2) and places.shape == (2, 4, 3)
+    np.testing.assert_array_equal(whole[0], np.concatenate([tokens[3:5], tokens[:3]]))
+    np.testing.assert_array_equal(whole[1], np.concatenate([np.zeros((1, 2)), tokens[:3], np.zeros((1, 2))]))
+    np.testing.assert_array_equal(places[0], np.stack([segments[1], segments[0], np.zeros(3), np.zeros(3)]))
+    np.testing.assert_array_equal(places[1][2], segments[0])
