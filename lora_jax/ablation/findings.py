@@ -81,8 +81,10 @@ def best(made: Sequence[Group], better: str, level: float = LEVEL) -> str:
     head = f"The best mean is that of {top.label}: {verdicts.mean(top.interval(level))}. "
     if all(p is None for p in with_top):
         return head + "Whether it differs from any other cannot be told without at least 2 seeds that differ."
-    family = f"Holm over all {len(pairs)} pairs, since the best was picked after looking" if len(pairs) > 1 else "p"
+    family = f"Holm over all {len(pairs)} pairs, since the best was picked after looking"
     rest = len(with_top) - told
+    if len(with_top) == 1:
+        return head + ("It can be told from the other." if told else "It cannot be told from the other.")
     return head + f"Of the {len(with_top)} others, {told} can be told from it and {rest} cannot ({family})."
 
 
@@ -99,9 +101,10 @@ def against(compared: Sequence[Comparison], base: Group, better: str, level: flo
     real = [c for c in compared if c.p is not None and c.p <= level]
     up = [c.first.label for c in real if sign * c.paired.difference > 0]
     down = [c.first.label for c in real if sign * c.paired.difference < 0]
-    rest = len(compared) - len(real)
+    none = sum(not c.first.values for c in compared)
+    rest = len(compared) - len(real) - none
     parts = [f"{len(part)} {word} ({_listed(part)})" for part, word in ((up, "better"), (down, "worse")) if part]
-    parts += [f"{rest} not distinguishable"] * bool(rest)
+    parts += [f"{rest} not distinguishable"] * bool(rest) + [f"{none} without a result"] * bool(none)
     return f"Against the baseline {base.label} (paired over seeds, {_family(compared)}): {', '.join(parts)}."
 
 

@@ -122,3 +122,23 @@ def test_axes_by_themselves(effect, words):
     assert words in text and ("2 more cannot be told from" in text) == (effect > 0)
     real = [c for c in compared if c.p <= 0.05]
     assert not real or "cannot" not in findings.by_axis(real, "max")
+
+
+def test_a_choice_without_a_result_is_counted_as_such():
+    rows = [
+        {
+            "arm": str(i),
+            "status": "done",
+            "adapter.rank": 1 + i // 3,
+            "seed": i % 3,
+            "dev.accuracy": 0.1 * i + 0.01 * (i == 5),
+        }
+        for i in range(6)
+    ]
+    rows += [{"arm": "x", "status": "failed", "adapter.rank": 9, "seed": 0, "reason": "no"}]
+    made = groups.grouped(rows, "dev.accuracy")
+    pairs = groups.compare([(made[1], made[0]), (made[2], made[0])], "dev.accuracy")
+    assert "1 without a result." in findings.against(pairs, made[0], "max") and "2 not" not in findings.against(
+        pairs, made[0], "max"
+    )
+    assert findings.best(made, "max").endswith(("It can be told from the other.", "It cannot be told from the other."))
