@@ -18,7 +18,7 @@ from lora_jax.train import TrainSettings, fit
 
 MODEL = {
     "model_type": "llama", "vocab_size": standin.VOCAB, "hidden_size": 16, "intermediate_size": 24,
-    "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 16,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 16,
     "initializer_range": 0.3,
 }  # fmt: skip
 PLAIN = TrainSettings(steps=4, batch_size=4, learning_rate=1e-2, log_every=1, eval_every=2, eps=1e-5, buckets=[6])
@@ -58,7 +58,7 @@ def lines(folder, split="train"):
     return [r["loss"] for r in records.read_jsonl(folder / "metrics.jsonl") if r["split"] == split]
 
 
-SLOW = ("loha", "ia3", "lora with dropout")
+SLOW = ("loha", "ia3", "lora with dropout", "bottleneck", "vera")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * k.startswith(SLOW)) for k in ALIKE])
