@@ -10,6 +10,7 @@ import jax
 import lora_jax as lj
 from lora_jax import assess
 from lora_jax.assemble import Parts
+from lora_jax.errors import UserError
 from lora_jax.settings import Config
 
 WIDTH = 100
@@ -82,3 +83,19 @@ def ending(folder: Path, summary: Mapping[str, Any], next_commands: Sequence[str
 def _short(text: str) -> str:
     line = " / ".join(text.strip().splitlines())
     return line if len(line) <= WIDTH - 13 else line[: WIDTH - 16] + "..."
+
+
+def failed_arms(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Shows the arms of an ablation that failed, each with its reason; returns how many.
+
+    Raises:
+      UserError: all of them failed.
+    """
+    failed = [row for row in rows if row["status"] == "failed"]
+    if failed and len(failed) == len(rows):
+        raise UserError(f"no arm has a result, all {len(rows)} failed; {failed[0]['label']}: {failed[0]['reason']}")
+    if failed:
+        title("failed")
+    for row in failed:
+        print(f"{row['label']}: {row['reason']}")
+    return len(failed)

@@ -1,21 +1,26 @@
 """What ends a run before its last step: no improvement, a loss that is not finite, a signal."""
 
+import contextlib
 import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 
 class Interrupted(Exception):
-    """A signal stopped the run, after its checkpoint was saved. `code` is what the process should exit with."""
+    """A signal stopped the run, after its checkpoint was saved. `code` is what the process should exit with.
 
-    def __init__(self, number: int, step: int, workdir: str | Path):
+    `step` is None where no run was at work: between the runs of an ablation, or while they run elsewhere.
+    """
+
+    def __init__(self, number: int, step: int | None, workdir: str | Path):
         self.signal, self.step, self.code = number, step, 128 + number
         name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} at step {step}; saved in {workdir}. Run the same command to go on")
+        where = f"; what is done is in {workdir}" if step is None else f" at step {step}; saved in {workdir}"
+        super().__init__(f"stopped by {name}{where}. Run the same command to go on")
 
 
 class Diverged(Exception):
@@ -60,6 +65,29 @@ class Best:
             return True
         self.since += 1
         return False
+
+
+@contextlib.contextmanager
+def interrupted_by_signals(workdir: str | Path) -> Iterator[None]:
+    """Inside `with`, SIGINT and SIGTERM raise `Interrupted` where no `Signals` takes them."""
+    caught = signal.SIGINT
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal caught
+        del frame
+        caught = signal.Signals(number)
+        raise KeyboardInterrupt  # no `except Exception` on the way up may take it for an error of its own
+
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(caught, None, workdir) from None
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 class Signals:

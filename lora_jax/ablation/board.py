@@ -9,20 +9,13 @@ from typing import Any
 
 from lora_jax.ablation import grid_file, results
 from lora_jax.ablation.arms import Arm
-from lora_jax.ablation.execute import COST, FAILURE, SUMMARY, run_folder
+from lora_jax.ablation.execute import COST, FAILURE, SUMMARY, run_folder, status
 from lora_jax.ablation.grid_file import GridFile
 from lora_jax.progress import duration
 from lora_jax.records import read_json
 
 RESULTS = "results.csv"
 Echo = Callable[[str], None]
-
-
-def status(folder: Path) -> str:
-    """'done', 'failed' or 'missing'."""
-    if (folder / SUMMARY).exists():
-        return "done"
-    return "failed" if (folder / FAILURE).exists() else "missing"
 
 
 def row_of(arm: Arm, workdir: Path) -> results.Row:
@@ -72,8 +65,9 @@ class Board:
 
     def begin(self, packs: Sequence[Sequence[Arm]]) -> None:
         """Tells what will be done."""
-        self._left = {arm.id for pack in packs for arm in pack}
         rows = self.write()
+        ended = {row["arm"] for row in rows if row["status"] != "missing"}
+        self._left = {arm.id for pack in packs for arm in pack} - ended
         done, failed = (sum(row["status"] == name for row in rows) for name in ("done", "failed"))
         self._count, self._began = len(self._left), time.perf_counter()
         self.say(f"{len(rows)} arms: {done} done, {failed} failed, {len(self._left)} to train in {len(packs)} packs")

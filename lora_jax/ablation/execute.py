@@ -7,8 +7,10 @@ import dataclasses
 import functools
 import json
 import resource
+import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,12 @@ from lora_jax.data.row_store import RowStores
 from lora_jax.errors import UserError
 from lora_jax.records import plain
 from lora_jax.settings import Config
-from lora_jax.stopping import Diverged
+from lora_jax.stopping import Diverged, Interrupted
 from lora_jax.train import fit, init_delta, make_stores
 
 Ended = Callable[[str, str], None]  # (arm id, why it failed or '')
 SUMMARY, FAILURE, COST, CONFIG = "summary.json", "failure.json", "cost.json", "config.json"
+REASON_LENGTH = 500  # characters of a reason, which is one field of results.csv
 
 
 def run_folder(workdir: Path, arm_id: str) -> Path:
@@ -39,11 +42,26 @@ def pack_folder(workdir: Path, ids: Sequence[str]) -> Path:
     return Path(workdir) / "packs" / digest({"arms": sorted(ids)})
 
 
+def status(folder: Path) -> str:
+    """'done', 'failed' or 'missing', by the files of a run."""
+    if (folder / SUMMARY).exists():
+        return "done"
+    return "failed" if (folder / FAILURE).exists() else "missing"
+
+
+def begun_file(workdir: Path, ids: Sequence[str]) -> Path:
+    """Says which arms a pack has; there from the pack's beginning until the grid is finished or the pack given up."""
+    return pack_folder(workdir, ids).with_suffix(".json")
+
+
 def execute(arms: Sequence[Arm], workdir: Path, ended: Ended = lambda arm, why: None, tick: Any = None) -> None:
     """Trains a pack to its end; a failing arm is written down and does not fail the others.
 
+    Where the pack as a whole fails, for one arm's sake or for want of memory, its halves train instead; an error that
+    nobody foresaw fails an arm like any other, its traceback in failure.json.
+
     Args:
-      arms: of one pack.
+      arms: of one pack; those that have ended stay as they are.
       workdir: of the ablation.
       ended: is called whenever an arm has ended.
       tick: is called with (steps made, steps in all) now and then.
@@ -52,28 +70,48 @@ def execute(arms: Sequence[Arm], workdir: Path, ended: Ended = lambda arm, why: 
       Interrupted: a signal came; what can be resumed is saved.
     """
     began = time.perf_counter()
-    for arm in arms:
+    left = [arm for arm in arms if status(run_folder(workdir, arm.id)) == "missing"]
+    for arm in left:
         records.write_json(run_folder(workdir, arm.id) / CONFIG, arm.values)
 
-    def close(arm_id: str, why: str) -> None:
-        if why:
-            records.write_json(run_folder(workdir, arm_id) / FAILURE, {"reason": why})
+    def close(arm_id: str, failure: Mapping[str, Any] | None) -> None:
+        if failure:
+            records.write_json(run_folder(workdir, arm_id) / FAILURE, failure)
         _write_cost(run_folder(workdir, arm_id), len(arms), time.perf_counter() - began)
-        ended(arm_id, why)
+        ended(arm_id, failure["reason"] if failure else "")
 
     try:
-        if len(arms) == 1:
+        if left and len(arms) == 1:
             _alone(arms[0], workdir, tick)
-            close(arms[0].id, "")
-        else:
-            _together(arms, workdir, close, tick)
-    except (UserError, Diverged) as error:
+            close(arms[0].id, None)
+        elif left:
+            records.write_json(begun_file(workdir, [arm.id for arm in arms]), {"arms": [arm.id for arm in arms]})
+            _together(arms, workdir, lambda arm_id, why: close(arm_id, {"reason": why} if why else None), tick)
+    except Interrupted:
+        raise
+    except Exception as error:
         if len(arms) == 1:
-            close(arms[0].id, str(error))
+            close(arms[0].id, _failure(error))
             return
-        for arm in arms:  # one of them spoils the pack: alone, each tells for itself
-            if not (run_folder(workdir, arm.id) / SUMMARY).exists():
-                execute([arm], workdir, ended, tick)
+        _forget(workdir, [arm.id for arm in arms])
+        half = (len(left) + 1) // 2
+        for part in (left[:half], left[half:]):
+            execute(part, workdir, ended, tick)
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    """What failure.json holds."""
+    if isinstance(error, (UserError, Diverged)):
+        return {"reason": str(error)}
+    text = " ".join(str(error).split())
+    short = text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 3] + "..."
+    return {"reason": f"{type(error).__name__}: {short}", "traceback": "".join(traceback.format_exception(error))}
+
+
+def _forget(workdir: Path, ids: Sequence[str]) -> None:
+    """A pack that cannot train is not gone on with."""
+    begun_file(workdir, ids).unlink(missing_ok=True)
+    shutil.rmtree(pack_folder(workdir, ids), ignore_errors=True)
 
 
 def _alone(arm: Arm, workdir: Path, tick: Any) -> None:

@@ -13,17 +13,16 @@ from typing import Any
 import jax
 
 from lora_jax import models
-from lora_jax.ablation import planner, results
+from lora_jax.ablation import launchers, planner, results
 from lora_jax.ablation.arms import Arm
-from lora_jax.ablation.board import Board, Echo, status
-from lora_jax.ablation.execute import FAILURE, execute, pack_folder, run_folder
+from lora_jax.ablation.board import Board, Echo
+from lora_jax.ablation.execute import FAILURE, pack_folder, run_folder, status
 from lora_jax.ablation.grid_file import GridFile
 from lora_jax.assemble import delta_shapes, load_data, make_adapter, make_task, model_path
 from lora_jax.errors import UserError
-from lora_jax.records import write_json
+from lora_jax.records import read_json, write_json
 from lora_jax.settings import Config
-
-Launch = Callable[[Sequence[Sequence[Arm]], Path, Board], None]
+from lora_jax.stopping import interrupted_by_signals
 
 
 def run(
@@ -31,10 +30,11 @@ def run(
     workdir: Path,
     described: GridFile,
     *,
-    launch: Launch | None = None,
+    launch: launchers.Launch | None = None,
     most: int = planner.MOST,
     memory: float | None = None,
     shapes: "Shapes | None" = None,
+    retry: bool = False,
     echo: Echo | None = print,
 ) -> list[results.Row]:
     """Trains every arm that has no result yet.
@@ -47,6 +47,7 @@ def run(
       most: arms of a pack.
       memory: bytes that a pack may use beside the base; None takes half of what the machine has.
       shapes: what is known of models and data already.
+      retry: trains failed arms again, where a worker died or a disk was full.
       echo: takes what is shown.
 
     Returns:
@@ -56,32 +57,50 @@ def run(
       Interrupted: a signal came; the same command goes on.
     """
     workdir, known = Path(workdir), shapes or Shapes()
-    with Board(arms, workdir, described, echo) as board:
+    for arm in arms if retry else ():
+        (run_folder(workdir, arm.id) / FAILURE).unlink(missing_ok=True)
+    with interrupted_by_signals(workdir), Board(arms, workdir, described, echo) as board:
         board.write()
         good = [arm for arm in arms if fits(arm, workdir, known)]
         packs = planner.plan(good, known, memory=usable_memory() if memory is None else memory, most=most)
-        todo = [pack for pack in (missing(pack, workdir) for pack in packs) if pack]
+        todo = unfinished(good, packs, workdir, most)
         board.begin(todo)
-        (launch or locally)(todo, workdir, board)
+        if todo:
+            (launch or launchers.make("local"))(todo, workdir, board)
         rows = board.write()
     if not any(row["status"] == "missing" for row in rows):
         shutil.rmtree(workdir / "packs", ignore_errors=True)
     return rows
 
 
-def locally(packs: Sequence[Sequence[Arm]], workdir: Path, board: Board) -> None:
-    """One pack after the other, in this process."""
-    for pack in packs:
-        board.start(pack)
-        execute(pack, workdir, board.ended, board.tick)
+def begun(arms: Sequence[Arm], workdir: Path, most: int) -> list[list[Arm]]:
+    """Packs that were broken off, with all the arms they began with: in other company an arm would round otherwise.
+
+    One that has neither a checkpoint nor an arm that has ended has nothing to go on with, and is planned anew; so is
+    one with more than `most` arms, or with an arm that the grid has no more. Of two for one arm the later counts.
+    """
+    known: dict[str, Arm] = {arm.id: arm for arm in arms}
+    packs: list[list[Arm]] = []
+    taken: set[str] = set()
+    for file in sorted((workdir / "packs").glob("*.json"), key=lambda file: -file.stat().st_mtime_ns):
+        ids = read_json(file)["arms"]
+        left = {one for one in ids if one in known and status(run_folder(workdir, one)) == "missing"}
+        started = len(left) < len(ids) or any(pack_folder(workdir, ids).glob("[0-9]*"))
+        if left and started and len(ids) <= most and known.keys() >= set(ids) and not left & taken:
+            packs.append([known[one] for one in ids])
+            taken |= left
+    return packs
 
 
-def missing(pack: Sequence[Arm], workdir: Path) -> list[Arm]:
-    """The arms of a pack that still have to train; all of them where a checkpoint of the whole pack can go on."""
-    left = [arm for arm in pack if status(run_folder(workdir, arm.id)) == "missing"]
-    if left and any(pack_folder(workdir, [arm.id for arm in pack]).glob("[0-9]*")):
-        return list(pack)
-    return left
+def unfinished(arms: Sequence[Arm], packs: Sequence[Sequence[Arm]], workdir: Path, most: int) -> list[list[Arm]]:
+    """What still has to train: packs that were begun, then of each planned pack the arms that have no end yet."""
+    first = begun(arms, workdir, most)
+    taken = {arm.id for pack in first for arm in pack}
+    rest = [
+        [arm for arm in pack if arm.id not in taken and status(run_folder(workdir, arm.id)) == "missing"]
+        for pack in packs
+    ]
+    return [*first, *(pack for pack in rest if pack)]
 
 
 def fits(arm: Arm, workdir: Path, shapes: Callable[[Arm], Any]) -> bool:

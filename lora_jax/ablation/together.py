@@ -114,7 +114,7 @@ class Together:
             try:
                 self._train()
             finally:
-                for file in self._files:
+                for file in self._files.values():
                     file.close()
 
     def _train(self) -> None:
@@ -145,13 +145,14 @@ class Together:
             self._log()
         evaluated = step > 0 and (step % plan.eval_every == 0 or last) and self._evaluate()
         stopped = self._signals.stopped()
-        if stopped or ((evaluated or after_step and step % plan.checkpoint_every == 0) and not last):
+        over = [i for i, book in self._live() if last or 0 < self.patience[i] <= book.best.since]
+        if stopped or evaluated or after_step and (over or step % plan.checkpoint_every == 0):
             self._save()
-        if stopped:
+        if stopped or over:  # before an arm is done there is a checkpoint of all: what follows can be gone on with
             self._checkpoints.wait()
+        if stopped:
             assert self._signals.caught is not None
             raise Interrupted(self._signals.caught, step, self.folder)
-        over = [i for i, book in self._live() if last or 0 < self.patience[i] <= book.best.since]
         if over:
             self._finish(over)
 
@@ -303,15 +304,19 @@ class Together:
         self._pending = [{n: np.asarray(x, np.float32) for n, x in numbers.items()} for numbers in meta["pending"]]
 
     def _open(self) -> None:
-        """Manifests, and metrics files without what came after the checkpoint."""
-        self._files = []
-        for job, book in zip(self.jobs, self._books, strict=True):
-            finished = (job.folder / "summary.json").exists()
-            if finished:
+        """Manifests, and metrics files without what came after the checkpoint; none of arms that have ended."""
+        self._files: dict[int, records.MetricsFile] = {}
+        for i, (job, book) in enumerate(zip(self.jobs, self._books, strict=True)):
+            failed = job.folder / "failure.json"
+            if (job.folder / "summary.json").exists():
                 book.ended = "done"
-            manifest.open_run(job.folder / "manifest.json", manifest.collect(job.identity, extra=job.about))
-            keep = lambda record, book=book, finished=finished: finished or self._known(record, book)  # noqa: E731
-            self._files.append(records.MetricsFile(job.folder / "metrics.jsonl", keep))
+            elif failed.exists():
+                book.ended = records.read_json(failed)["reason"]
+            else:
+                book.ended = ""
+                manifest.open_run(job.folder / "manifest.json", manifest.collect(job.identity, extra=job.about))
+                keep = lambda record, book=book: self._known(record, book)  # noqa: E731
+                self._files[i] = records.MetricsFile(job.folder / "metrics.jsonl", keep)
 
     def _known(self, record: Mapping[str, Any], book: Book) -> bool:
         if record["split"] == "train":
