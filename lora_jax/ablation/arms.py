@@ -120,7 +120,8 @@ def _number(value: Any) -> Any:
     """16.0 as 16, at any depth: a number that is written in another way is no other number."""
     if isinstance(value, list):
         return [_number(one) for one in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53  # 1e30 is no 31 digits
+    return int(value) if whole else value
 
 
 def _labels(fields: Sequence[str], axes: Sequence[Mapping[str, Any]], ids: Sequence[str]) -> list[str]:
