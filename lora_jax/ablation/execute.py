@@ -28,7 +28,9 @@ from lora_jax.stopping import Diverged, Interrupted
 from lora_jax.train import fit, init_delta, make_stores
 
 Ended = Callable[[str, str], None]  # (arm id, why it failed or '')
+Stores = Callable[[Config], RowStores]
 SUMMARY, FAILURE, COST, CONFIG = "summary.json", "failure.json", "cost.json", "config.json"
+CHECKPOINTS = "checkpoints"
 REASON_LENGTH = 500  # characters of a reason, which is one field of results.csv
 
 
@@ -54,7 +56,13 @@ def begun_file(workdir: Path, ids: Sequence[str]) -> Path:
     return pack_folder(workdir, ids).with_suffix(".json")
 
 
-def execute(arms: Sequence[Arm], workdir: Path, ended: Ended = lambda arm, why: None, tick: Any = None) -> None:
+def execute(
+    arms: Sequence[Arm],
+    workdir: Path,
+    ended: Ended = lambda arm, why: None,
+    tick: Any = None,
+    scratch: Path | None = None,
+) -> None:
     """Trains a pack to its end; a failing arm is written down and does not fail the others.
 
     Where the pack as a whole fails, for one arm's sake or for want of memory, its halves train instead; an error that
@@ -65,13 +73,16 @@ def execute(arms: Sequence[Arm], workdir: Path, ended: Ended = lambda arm, why: 
       workdir: of the ablation.
       ended: is called whenever an arm has ended.
       tick: is called with (steps made, steps in all) now and then.
+      scratch: where activations are kept on disk, for this process alone; None is the work directory.
 
     Raises:
       Interrupted: a signal came; what can be resumed is saved.
     """
     began = time.perf_counter()
     left = [arm for arm in arms if status(run_folder(workdir, arm.id)) == "missing"]
+    stores = functools.partial(_stores, workdir=scratch or workdir)
     for arm in left:
+        _begin_anew(arms, arm, workdir)
         records.write_json(run_folder(workdir, arm.id) / CONFIG, arm.values)
 
     def close(arm_id: str, failure: Mapping[str, Any] | None) -> None:
@@ -82,11 +93,12 @@ def execute(arms: Sequence[Arm], workdir: Path, ended: Ended = lambda arm, why: 
 
     try:
         if left and len(arms) == 1:
-            _alone(arms[0], workdir, tick)
+            _alone(arms[0], workdir, tick, stores)
             close(arms[0].id, None)
         elif left:
             records.write_json(begun_file(workdir, [arm.id for arm in arms]), {"arms": [arm.id for arm in arms]})
-            _together(arms, workdir, lambda arm_id, why: close(arm_id, {"reason": why} if why else None), tick)
+            tell = lambda arm_id, why: close(arm_id, {"reason": why} if why else None)  # noqa: E731
+            _together(arms, workdir, tell, tick, stores)
     except Interrupted:
         raise
     except Exception as error:
@@ -96,7 +108,19 @@ def execute(arms: Sequence[Arm], workdir: Path, ended: Ended = lambda arm, why: 
         _forget(workdir, [arm.id for arm in arms])
         half = (len(left) + 1) // 2
         for part in (left[:half], left[half:]):
-            execute(part, workdir, ended, tick)
+            execute(part, workdir, ended, tick, scratch)
+
+
+def _begin_anew(arms: Sequence[Arm], arm: Arm, workdir: Path) -> None:
+    """Without a checkpoint, what an earlier attempt left is of no use: it may have been in other company."""
+    together = len(arms) > 1
+    own = run_folder(workdir, arm.id)
+    folder = pack_folder(workdir, [one.id for one in arms]) if together else own / CHECKPOINTS
+    if not any(folder.glob("[0-9]*")):
+        for name in ("manifest.json", "metrics.jsonl"):
+            (own / name).unlink(missing_ok=True)
+    if together:
+        shutil.rmtree(own / CHECKPOINTS, ignore_errors=True)
 
 
 def _failure(error: Exception) -> dict[str, str]:
@@ -114,7 +138,7 @@ def _forget(workdir: Path, ids: Sequence[str]) -> None:
     shutil.rmtree(pack_folder(workdir, ids), ignore_errors=True)
 
 
-def _alone(arm: Arm, workdir: Path, tick: Any) -> None:
+def _alone(arm: Arm, workdir: Path, tick: Any, stores: Stores) -> None:
     parts = parts_of(arm.config)
     total = arm.config.train.steps
     echo = None if tick is None else lambda text: tick(_step_of(text), total)
@@ -123,7 +147,7 @@ def _alone(arm: Arm, workdir: Path, tick: Any) -> None:
         parts.base, parts.adapter, parts.task, parts.splits, arm.config.train, run_folder(workdir, arm.id),
         seed=arm.config.seed, mesh=parts.mesh, max_length=arm.config.data.max_length, echo=echo, start=start,
         about={"config": arm.values}, save=lambda where, delta: save_adapter(where, parts, delta),
-        stores=_stores(arm.config, workdir),
+        stores=stores(arm.config),
     )  # fmt: skip
 
 
@@ -133,7 +157,7 @@ def _step_of(line: str) -> int:
     return int(words[1].partition("/")[0]) if words[:1] == ["step"] and "/" in words[1] else 0
 
 
-def _together(arms: Sequence[Arm], workdir: Path, close: Ended, tick: Any) -> None:
+def _together(arms: Sequence[Arm], workdir: Path, close: Ended, tick: Any, stores: Stores) -> None:
     parts, config = [parts_of(arm.config) for arm in arms], arms[0].config
     first = parts[0]
     fit_together(
@@ -145,7 +169,7 @@ def _together(arms: Sequence[Arm], workdir: Path, close: Ended, tick: Any) -> No
         ended=lambda index, why: close(arms[index].id, why),
         tick=tick or (lambda step, total: None),
         compiled=lambda pack, cut, make: _once("program", (cut, *_program_key(pack, first, config)), make),
-        stores=_stores(config, workdir),
+        stores=stores(config),
     )  # fmt: skip
 
 

@@ -5,9 +5,13 @@ through the launcher. So a worker that is started again finds how far the last o
 again finds what has ended without it.
 """
 
+import atexit
 import dataclasses
+import functools
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,10 +62,18 @@ def train(task: Task) -> str:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         with claimed(Path(task.workdir), [arm.id for arm in task.arms]):
-            execute(task.arms, Path(task.workdir))
+            execute(task.arms, Path(task.workdir), scratch=_scratch())
     except Interrupted as stopped:
         return str(stopped)
     return ""
+
+
+@functools.cache
+def _scratch() -> Path:
+    """A folder of this process on this machine: two processes must not map one file."""
+    folder = tempfile.mkdtemp(prefix="lora_jax_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 class Watch:

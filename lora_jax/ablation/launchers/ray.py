@@ -8,6 +8,7 @@ cluster of this machine or starts one that ends with the command.
 
 import os
 import signal
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,10 +64,7 @@ class _Cluster:
         handler = signal.getsignal(signal.SIGTERM)  # Ray takes the signal for itself
         try:
             if self._own:
-                self._core.init(
-                    address=self._address or None, include_dashboard=None if self._address else False,
-                    log_to_driver=False, logging_level="ERROR",
-                )  # fmt: skip
+                self._start()
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = self._address or os.environ.get("RAY_ADDRESS", "this machine")
             raise UserError(f"--launcher=ray: no cluster at {where}: {error}") from None
@@ -76,6 +74,14 @@ class _Cluster:
             except ValueError:  # not the main thread: Ray could not take it either
                 pass
         return self
+
+    def _start(self) -> None:
+        with warnings.catch_warnings():  # Ray forks to start its processes, and does no more in the fork than that
+            warnings.filterwarnings("ignore", message=".*os.fork", category=RuntimeWarning)
+            self._core.init(
+                address=self._address or None, include_dashboard=None if self._address else False,
+                log_to_driver=False, logging_level="ERROR",
+            )  # fmt: skip
 
     def __exit__(self, *_) -> None:
         if self._own:
