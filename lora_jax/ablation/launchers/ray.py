@@ -8,6 +8,7 @@ cluster of this machine or starts one that ends with the command.
 
 import os
 import signal
+import socket
 import warnings
 from collections import deque
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ class _Cluster:
         try:
             if self._own:
                 self._start()
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             where = self._address or os.environ.get("RAY_ADDRESS", "this machine")
             raise UserError(f"--launcher=ray: no cluster at {where}: {error}") from None
         finally:
@@ -76,6 +77,9 @@ class _Cluster:
         return self
 
     def _start(self) -> None:
+        host, _, port = (self._address or os.environ.get("RAY_ADDRESS", "")).rpartition(":")
+        if port.isdigit() and "//" not in host:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         with warnings.catch_warnings():  # Ray forks to start its processes, and does no more in the fork than that
             warnings.filterwarnings("ignore", message=".*os.fork", category=RuntimeWarning)
             self._core.init(
