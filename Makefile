@@ -33,7 +33,7 @@ $(VENV)/.package: $(VENV)/.made pyproject.toml
 	touch $@
 
 $(VENV)/.all: $(VENV)/.made pyproject.toml
-	$(VENV)/bin/python -m pip install -q -e '.[dev,peers]'
+	$(VENV)/bin/python -m pip install -q -e '.[dev,peers,ray,slurm]'
 	touch $@ $(VENV)/.package
 
 $(NEWEST_VENV)/.all: pyproject.toml
@@ -41,7 +41,7 @@ $(NEWEST_VENV)/.all: pyproject.toml
 	$(NEWEST_VENV)/bin/python -m pip install -q -e '.[dev]'
 	touch $@
 
-install: $(VENV)/.all  ## .venv with the package, what tests need, and the peers
+install: $(VENV)/.all  ## .venv with the package, what tests need, the peers and the launchers
 
 quickstart: $(VENV)/.package  ## fine-tune the embedded model: audit, training, before and after
 	@$(VENV)/bin/python -m experiments.train --config=configs/quickstart.py --workdir=$(WORKDIR)
