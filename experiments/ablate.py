@@ -1,7 +1,7 @@
 """Runs an ablation: every arm of the grid that has no result yet. The same command again finishes what is missing.
 
 python -m experiments.ablate --config=configs/ablations/rank.py --workdir=runs/rank [--dry_run] [--config.a.b=value ...]
-    [--launcher=local|ray|slurm] [--launcher_options=name=value,...]  (lora_jax/ablation/launchers/ has their options)
+    [--launcher=local|ray|slurm] [--launcher_options=name=value,...]  (options: ablation/running/launchers/)
 
 Exit code 0 once every arm has an end: an arm that failed is a row with its reason, and as much a result as the others.
 2 where no arm has a result at all.
@@ -15,7 +15,9 @@ from absl import flags
 
 from experiments import launch, shown, workdir
 from lora_jax import config as config_lib
-from lora_jax.ablation import describe, expand, launchers, planner, report, run, survey
+from lora_jax.ablation import expand, survey
+from lora_jax.ablation.reporting import report
+from lora_jax.ablation.running import describe, launchers, planner, run
 from lora_jax.errors import UserError
 
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the arms and what they cost, and train nothing.")

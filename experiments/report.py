@@ -10,7 +10,8 @@ from absl import flags
 
 from experiments import launch, workdir
 from lora_jax import config as config_lib
-from lora_jax.ablation import report, results
+from lora_jax.ablation import results
+from lora_jax.ablation.reporting import report
 from lora_jax.errors import UserError, did_you_mean
 
 METRIC = flags.DEFINE_string("metric", None, "The column of results.csv that answers the question.")

@@ -1,0 +1,1 @@
+"""What the results of a grid say: groups over seeds, tests, verdicts, effects of an axis."""

@@ -1,0 +1,1 @@
+"""A grid runs: which arms train together, how, where, and what is told meanwhile."""
