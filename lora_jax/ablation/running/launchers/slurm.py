@@ -41,10 +41,11 @@ def slurm(
       UserError: submitit is not installed, or there is no SLURM.
     """
     submitit = needed("submitit", "slurm")
-    if cluster == "slurm" and shutil.which("sbatch") is None:
+    absent = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
+    if cluster == "slurm" and absent:
         raise UserError(
-            "--launcher=slurm: there is no sbatch on this machine; run the command on a login node of the cluster, or "
-            "try it here with --launcher_options=cluster=local"
+            f"--launcher=slurm: there is no {absent[0]} on this machine; run the command on a login node of the "
+            "cluster, or try it here with --launcher_options=cluster=local"
         )
     if cluster not in ("slurm", "local"):
         raise UserError(f"--launcher_options=cluster={cluster}: expected slurm or local")

@@ -1,6 +1,7 @@
 """Launchers by name and by options as text; what is missing is said before anything trains."""
 
 import sys
+import types
 
 import pytest
 
@@ -62,6 +63,23 @@ def test_slurm_needs_slurm(monkeypatch):
         slurm.slurm()
     with pytest.raises(UserError, match="cluster=lokal: expected slurm or local"):
         slurm.slurm(cluster="lokal")
+
+
+def test_slurm_gets_one_array_with_what_was_asked_for(monkeypatch, tmp_path):
+    pytest.importorskip("submitit", reason="needs the extra `slurm`")
+    for name in ("sbatch", "srun"):  # takes the job and runs nothing
+        (tmp_path / name).write_text(f'#!/bin/sh\ncp "$1" {tmp_path}/submitted\necho "Submitted batch job 12"\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(slurm._Jobs, "run", lambda self, width, poll: self._submit(width))
+    options = ["partition=gpu", "account=us", "minutes=60", "gpus=1", "cpus=3", "memory_gb=32", "at_once=2"]
+    started, packs = [], [[types.SimpleNamespace(id=name)] for name in "abc"]
+    board = types.SimpleNamespace(start=started.append)
+    launchers.make("slurm", options)(packs, tmp_path / "grid", board)
+    wanted = ("partition=gpu", "account=us", "time=60", "gpus-per-node=1", "cpus-per-task=3", "mem=32GB", "array=0-2%2")
+    lines = (tmp_path / "submitted").read_text().splitlines()
+    assert [one for one in wanted if f"#SBATCH --{one}" not in lines] == []
+    assert started == packs and not any("qos" in line for line in lines), "what was not asked for is the cluster's"
 
 
 class Core:
