@@ -73,3 +73,21 @@ def test_a_bfloat16_base_trains_a_float32_delta(alone, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(summary.delta)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(losses, alone[1], rtol=0.03)
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_shared_rows_train_what_rows_of_their_own_train(tmp_path):
+    """The same examples a step, in fewer rows: the same losses and arrays up to rounding."""
+    own = dataclasses.replace(SETTINGS, packing=False, batch_size=8)
+    apart = run(tmp_path / "apart", settings=own)
+    shared = run(tmp_path / "shared", settings=dataclasses.replace(own, share_rows=True))
+    np.testing.assert_allclose(shared[1], apart[1], rtol=1e-4)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), shared[0].delta, apart[0].delta)
+    np.testing.assert_allclose(shared[0]["dev"]["loss"], apart[0]["dev"]["loss"], rtol=1e-4)
+
+
+def test_a_method_that_needs_a_row_for_each_text_gets_it(tmp_path):
+    """`prompt` puts virtual tokens before every text: shared rows are off for it by themselves."""
+    own = dataclasses.replace(SETTINGS, packing=False, share_rows=True, steps=1)
+    base, splits = lj.from_config(CONFIG), standin.make_splits(24, 0, 0)
+    summary = fit(base, lj.prompt(length=2), standin.make_task(), splits, own, tmp_path, max_length=12, echo=None)
+    assert summary["step"] == 1
