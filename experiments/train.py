@@ -10,7 +10,7 @@ from typing import Any
 from experiments import launch, shown, workdir
 from lora_jax import assess, records
 from lora_jax import config as config_lib
-from lora_jax.assemble import Parts, assemble, save_adapter, start_data
+from lora_jax.assemble import PEFT_CONFIG, Parts, assemble, save_adapter, start_data
 from lora_jax.lift import lift
 from lora_jax.settings import Config
 from lora_jax.train import fit, init_delta
@@ -81,7 +81,9 @@ def following(folder: Path, parts: Parts) -> list[str]:
     if assess.can_write(parts.task):
         prompt = parts.splits["dev"][0].values.get("prompt") or "..."
         commands.append(f"{python} -m experiments.generate --workdir={folder} --prompt={prompt!r}")
-    return [*commands, f"{python} -m experiments.export --workdir={folder} --format=hf --out={folder}/merged"]
+    if (folder / workdir.ADAPTER / PEFT_CONFIG).exists():
+        commands.append(f"{python} -m experiments.export --workdir={folder} --format=peft --out={folder}/peft")
+    return commands
 
 
 if __name__ == "__main__":

@@ -70,7 +70,9 @@ def merge(adapter: Adapter, delta: Mapping[str, Any], variables: Any) -> Any:
       UserError: the method changes more than weights, so that no dense weight can stand for it.
     """
     method = adapter.spec.get("method")
-    advice = "keep the base and the adapter apart: --format=peft, or lora_jax.save"
+    advice = (
+        "keep the base and the adapter apart: the run's adapter/ (lora_jax.save), in PEFT's format where it has one"
+    )
     try:
         merged = adapter.merge(variables, dict(delta))
     except NotImplementedError:

@@ -70,7 +70,8 @@ def run(
             (launch or launchers.make("local"))(todo, workdir, board)
         rows = board.write()
     if not any(row["status"] == "missing" for row in rows):
-        shutil.rmtree(workdir / "packs", ignore_errors=True)
+        for name in ("packs", "prefix_cache"):
+            shutil.rmtree(workdir / name, ignore_errors=True)
     return rows
 
 

@@ -63,7 +63,7 @@ SLOW = ("loha", "ia3", "lora with dropout", "bottleneck", "vera")
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * k.startswith(SLOW)) for k in ALIKE])
 def test_an_arm_of_a_pack_is_the_run_alone(kind, tmp_path):
-    """Losses to 1e-4 relative, trained arrays to 1e-4 of their largest value plus 1e-5."""
+    """Losses to 1e-4 relative, trained arrays to 1e-4 of their largest value plus 1e-4."""
     arms = ALIKE[kind]
     found = together(tmp_path / "pack", arms)
     for i, (method, own) in enumerate(arms):
@@ -72,7 +72,7 @@ def test_an_arm_of_a_pack_is_the_run_alone(kind, tmp_path):
         assert why == "" and len(losses) == 4
         np.testing.assert_allclose(losses, lines(tmp_path / f"alone{i}"), rtol=1e-4)
         assert jax.tree.structure(delta) == jax.tree.structure(alone.delta)
-        close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 + 1e-4 * float(jnp.max(jnp.abs(b))))  # noqa: E731
+        close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 + 1e-4 * float(jnp.max(jnp.abs(b))))  # noqa: E731
         jax.tree.map(close, delta, alone.delta)
         summary = records.read_json(tmp_path / "pack" / str(i) / "summary.json")
         assert {**summary, **ignored(summary)} == {**dict(alone), "arms_together": len(arms), **ignored(summary)}
