@@ -70,7 +70,7 @@ def merge(adapter: Adapter, delta: Mapping[str, Any], variables: Any) -> Any:
       UserError: the method changes more than weights, so that no dense weight can stand for it.
     """
     method = adapter.spec.get("method")
-    advice = (
+    advice = "keep the base and the adapter apart: --format=peft where PEFT has the method, or the run's own adapter/"
         "keep the base and the adapter apart: the run's adapter/ (lora_jax.save), in PEFT's format where it has one"
     )
     try:
