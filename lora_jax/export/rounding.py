@@ -71,8 +71,6 @@ def merge(adapter: Adapter, delta: Mapping[str, Any], variables: Any) -> Any:
     """
     method = adapter.spec.get("method")
     advice = "keep the base and the adapter apart: --format=peft where PEFT has the method, or the run's own adapter/"
-        "keep the base and the adapter apart: the run's adapter/ (lora_jax.save), in PEFT's format where it has one"
-    )
     try:
         merged = adapter.merge(variables, dict(delta))
     except NotImplementedError:
