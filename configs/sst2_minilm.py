@@ -28,6 +28,5 @@ def get_config():
     cfg.train.steps = 300
     cfg.train.batch_size = 32
     cfg.train.share_rows = True
-    cfg.train.learning_rate = 1e-3
     cfg.train.eval_every = 100
     return cfg

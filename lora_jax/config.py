@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from lora_jax import adapters
 from lora_jax.errors import UserError, nearest
 from lora_jax.settings import Config, Data, Generate, Log, Mesh, Model, Task, choose_adapter
 from lora_jax.train_settings import TrainSettings
@@ -63,7 +64,7 @@ def default() -> ConfigDict:
     cfg.train.batch_size = 32  # examples (rows, with packing) per optimizer step
     cfg.train.eval_batch_size = 64  # changes memory and speed, not the result
     cfg.train.accumulate = 1  # micro-batches that a batch is cut into
-    cfg.train.learning_rate = 1e-3
+    cfg.train.learning_rate = placeholder(float)  # unset: the method's own, 1e-3 for most and 1e-4 for `full`
     cfg.train.schedule = "linear"  # constant, cosine, linear: what follows the warm-up
     cfg.train.warmup = 0.0  # steps, or below 1 a fraction of all
     cfg.train.weight_decay = 0.0  # on matrices, not on biases, norms and scales
@@ -140,7 +141,7 @@ def resolve(cfg: ConfigDict, overrides: Collection[str] = ()) -> Config:
         data=Data(**tree["data"]),
         task=Task(**tree["task"]),
         adapter=choose_adapter(tree["adapter"], overrides),
-        train=TrainSettings(**tree["train"] | _length(tree["train"], overrides)),
+        train=TrainSettings(**tree["train"] | _length(tree["train"], overrides) | _rate(tree)),
         mesh=Mesh(**tree["mesh"]),
         quant=tree["quant"],
         generate=Generate(**tree["generate"]),
@@ -169,6 +170,12 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
             section, _, name = path.rpartition(".")
             (cfg[section] if section else cfg)[name] = value
     return cfg
+
+
+def _rate(tree: Mapping[str, Any]) -> dict[str, float]:
+    """The peak learning rate: what was given, else the method's own."""
+    given = tree["train"]["learning_rate"]
+    return {"learning_rate": adapters.learning_rate(tree["adapter"]["method"]) if given is None else given}
 
 
 def variant(

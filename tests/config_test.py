@@ -239,3 +239,14 @@ def test_a_section_cannot_vanish():
     del cfg.train["steps"]
     with pytest.raises(UserError, match="no field 'train.steps'"):
         config.resolve(cfg)
+
+
+def test_an_unset_learning_rate_is_the_methods_own():
+    rates = {}
+    for method in ("lora", "full"):
+        cfg = config.default()
+        cfg.adapter.method = method
+        rates[method] = config.resolve(cfg).train.learning_rate
+    assert rates == {"lora": 1e-3, "full": 1e-4}
+    cfg.train.learning_rate = 0.5
+    assert config.resolve(cfg).train.learning_rate == 0.5

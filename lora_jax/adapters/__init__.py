@@ -9,7 +9,10 @@ from typing import Any
 from lora_jax.adapters.base import Adapter, Delta
 from lora_jax.errors import UserError, did_you_mean
 
-__all__ = ["Adapter", "Delta", "for_steps", "from_spec", "get", "methods", "options"]
+__all__ = ["Adapter", "Delta", "for_steps", "from_spec", "get", "learning_rate", "methods", "options"]
+
+
+LEARNING_RATE = 1e-3  # of methods that name none
 
 
 def methods() -> list[str]:
@@ -32,6 +35,15 @@ def options(name: str) -> dict[str, Any]:
     """A method's own options and their defaults."""
     parameters = inspect.signature(get(name)).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is not p.VAR_POSITIONAL}
+
+
+def learning_rate(name: str) -> float:
+    """The peak learning rate that a method is trained with where none is given: its file's LEARNING_RATE.
+
+    A start, not a recommendation for every model: `configs/ablations/methods.py` searches it for all methods.
+    """
+    get(name)
+    return float(getattr(importlib.import_module(f"{__name__}.{name}"), "LEARNING_RATE", LEARNING_RATE))
 
 
 def from_spec(spec: Mapping[str, Any]) -> Adapter:

@@ -48,6 +48,7 @@ def test_every_field_that_is_computed_with_changes_every_id():
         "data.limit": 7, "task.name": "language_modeling", "task.options": {"template": "{text}"},
         "adapter.method": "dora", "adapter.alpha": 3, "adapter.targets": "q", "adapter.head": "none",
         "adapter.options": {"dropout": 0.1}, "train.epochs": 1.5, "train.warmup": 0.1, "train.schedule": "cosine",
+        "train.learning_rate": 0.5,
         "train.b1": 0.5, "train.b2": 0.5, "train.packing": True, "train.share_rows": True, "train.buckets": [8],
         "train.prefix_cache": "off",
     }  # fmt: skip
