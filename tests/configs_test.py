@@ -20,6 +20,7 @@ def name(file):
     return str(file.relative_to(ROOT / "configs").with_suffix(""))
 
 
+@functools.cache
 def arms_of(file):
     """The arms of an ablation. A sweep that reads its model's sizes needs the checkpoint."""
     if "def sweep(cfg" in file.read_text(encoding="utf-8") and not Path(minilm.path()).is_dir():

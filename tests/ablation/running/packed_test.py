@@ -102,7 +102,7 @@ def test_an_arm_that_diverges_leaves_the_others_bit_unchanged(tmp_path):
 def test_each_arm_stops_by_its_own_patience_and_keeps_its_best(tmp_path):
     """The first arm's dev loss rises at once; the others go on to the end."""
     base = dataclasses.replace(PLAIN, steps=12, eval_every=2)
-    hasty = dataclasses.replace(base, learning_rate=2.0, patience=1, clip_norm=0.0)
+    hasty = dataclasses.replace(base, learning_rate=30.0, patience=1, clip_norm=0.0)
     arms = [(lj.lora(rank=2, alpha=64), hasty), (lj.lora(rank=1), base)]
     found = together(tmp_path / "pack", arms)
     summaries = [records.read_json(tmp_path / "pack" / str(i) / "summary.json") for i in range(2)]

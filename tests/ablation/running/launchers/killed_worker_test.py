@@ -65,7 +65,7 @@ def kill_one(process, workdir) -> tuple[Path, dict]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds the worker in /proc")
-@pytest.mark.parametrize("launcher", PACKAGES)
+@pytest.mark.parametrize("launcher", ["ray", pytest.param("slurm", marks=pytest.mark.slow)])
 def test_a_killed_worker_is_replaced_and_the_grid_ends_as_undisturbed(file, straight, tmp_path, launcher):
     pytest.importorskip(PACKAGES[launcher], reason=f"needs the extra: pip install 'lora_jax[{launcher}]'")
     workdir, options = tmp_path / "grid", (f"--launcher={launcher}", f"--launcher_options={OPTIONS[launcher]}")
