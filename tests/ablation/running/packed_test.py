@@ -21,7 +21,7 @@ MODEL = {
     "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 16,
     "initializer_range": 0.3,
 }  # fmt: skip
-PLAIN = TrainSettings(steps=4, batch_size=4, learning_rate=1e-2, log_every=1, eval_every=2, eps=1e-5, buckets=[6])
+PLAIN = TrainSettings(steps=4, batch_size=4, learning_rate=1e-2, log_every=1, eval_every=2, eps=1e-3, buckets=[6])
 OTHER = dataclasses.replace(PLAIN, learning_rate=3e-2, weight_decay=0.1, clip_norm=0.0, warmup=2)
 SPLITS = standin.make_splits(24, 6, 4)
 ALIKE = {
@@ -63,7 +63,10 @@ SLOW = ("loha", "ia3", "lora with dropout", "bottleneck", "vera")
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * k.startswith(SLOW)) for k in ALIKE])
 def test_an_arm_of_a_pack_is_the_run_alone(kind, tmp_path):
-    """Losses to 1e-4 relative, trained arrays to 1e-4 of their largest value plus 1e-4."""
+    """Losses to 1e-4 relative, trained arrays to 1e-4 of their largest value plus 1e-4.
+
+    Adam's eps lies above the rounding of gradients near zero, which it would blow up to a whole step.
+    """
     arms = ALIKE[kind]
     found = together(tmp_path / "pack", arms)
     for i, (method, own) in enumerate(arms):
@@ -100,10 +103,10 @@ def test_an_arm_that_diverges_leaves_the_others_bit_unchanged(tmp_path):
 
 
 def test_each_arm_stops_by_its_own_patience_and_keeps_its_best(tmp_path):
-    """The first arm's dev loss rises at once; the others go on to the end."""
+    """The first arm's dev loss falls to 2.26 at step 4 and is 2.42 at step 6; the other goes on to the end."""
     base = dataclasses.replace(PLAIN, steps=12, eval_every=2)
-    hasty = dataclasses.replace(base, learning_rate=30.0, patience=1, clip_norm=0.0)
-    arms = [(lj.lora(rank=2, alpha=64), hasty), (lj.lora(rank=1), base)]
+    hasty = dataclasses.replace(base, learning_rate=0.3, patience=1, clip_norm=0.0)
+    arms = [(lj.lora(rank=2, alpha=2), hasty), (lj.lora(rank=1), base)]
     found = together(tmp_path / "pack", arms)
     summaries = [records.read_json(tmp_path / "pack" / str(i) / "summary.json") for i in range(2)]
     assert summaries[0]["step"] < 12 == summaries[1]["step"] and summaries[0]["saved"] == "best"
