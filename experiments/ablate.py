@@ -7,6 +7,10 @@ Exit code 0 once every arm has an end: an arm that failed is a row with its reas
 2 where no arm has a result at all.
 """
 
+from experiments import environment
+
+environment.prepare(__name__)  # before the imports: it may start the process again
+
 import functools
 import shlex
 import sys

@@ -3,6 +3,10 @@
 python -m experiments.evaluate --workdir=runs/quickstart --split=test [--config.data.limit=100]
 """
 
+from experiments import environment
+
+environment.prepare(__name__)  # before the imports: it may start the process again
+
 from absl import flags
 
 from experiments import launch, shown, workdir

@@ -3,6 +3,10 @@
 python -m experiments.generate --workdir=runs/quickstart --prompt='...' [--config.generate.temperature=0.7]
 """
 
+from experiments import environment
+
+environment.prepare(__name__)  # before the imports: it may start the process again
+
 from absl import flags
 
 from experiments import launch, workdir

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 import lora_jax as lj
+from experiments import environment
 from lora_jax import assess
 from lora_jax.assemble import Parts
 from lora_jax.errors import UserError
@@ -26,9 +27,13 @@ def banner(folder: Path) -> None:
     first = jax.devices()[0]
     print(
         f"lora_jax {lj.__version__}, jax {jax.__version__}, Python {platform.python_version()}; "
-        f"{jax.device_count()} x {first.device_kind} ({first.platform}); {folder}",
+        f"{jax.device_count()} x {first.device_kind} ({first.platform}{', huge pages' * _huge(first)}); {folder}",
         flush=True,
     )
+
+
+def _huge(device: jax.Device) -> bool:
+    return device.platform == "cpu" and environment.huge_pages()
 
 
 def selection(config: Config, parts: Parts, delta: Any) -> None:

@@ -3,6 +3,10 @@
 python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.adapter.rank=4 ...]
 """
 
+from experiments import environment
+
+environment.prepare(__name__)  # before the imports: it may start the process again
+
 import sys
 from pathlib import Path
 from typing import Any
