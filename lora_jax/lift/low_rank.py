@@ -53,7 +53,10 @@ def _backward(precision, residuals, dy):
     dy = dy.astype(x.dtype)
     dz = _contract(dy, b.astype(x.dtype), range(dy.ndim - n_out, dy.ndim), range(1, b.ndim), precision)
     db = _contract(z, dy, range(lead), range(lead), precision, jnp.float32)
-    da = _contract(x, dz, range(lead), range(lead), precision, jnp.float32)
+    # As (rank, *fan_in), turned afterwards: with the thin operand on the left XLA on a CPU is 5 to 9 times as fast, and
+    # without the barrier it would swap the operands back.
+    da = lax.optimization_barrier(_contract(dz, x, range(lead), range(lead), precision, jnp.float32))
+    da = jnp.moveaxis(da, 0, -1)
     dx = _contract(dz, a.astype(x.dtype), (dz.ndim - 1,), (a.ndim - 1,), precision)
     return dx, da.astype(a.dtype), db.astype(b.dtype)
 
