@@ -27,12 +27,12 @@ class Fed(NamedTuple):
     Attributes:
       arrays: the batch, placed.
       ids: (B, S) int32 on the host: which example each segment is, -1 = none.
-      tokens: how many real (not padding) tokens it holds.
+      tokens: how many real (not padding) tokens it holds; of several arms' batches an array.
     """
 
     arrays: Any
     ids: np.ndarray | None
-    tokens: int
+    tokens: Any
 
 
 def make_batches(
@@ -79,17 +79,27 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh | None, *, check: bool = T
     Raises:
       UserError: no token of the batch has a target, so that its loss would be 0 / 0.
     """
+    if check:
+        check_targets(batch)
+    target = sharding.sharding(mesh, sharding.BATCH)
+    arrays = jax.device_put(dict(batch), target)
+    return Fed(arrays, batch.get("ids"), tokens_of(batch))
+
+
+def check_targets(batch: Mapping[str, np.ndarray]) -> None:
+    """Raises the error of `place`."""
     weights = batch.get("weights")
-    if check and weights is not None and not np.any(weights):
+    if weights is not None and not np.any(weights):
         raise UserError(
             "a batch has no token with a target (all its weights are 0): were the examples cut before their targets? "
             "Raise data.max_length, or use a larger train.batch_size"
         )
-    target = sharding.sharding(mesh, sharding.BATCH)
-    arrays = jax.device_put(dict(batch), target)
+
+
+def tokens_of(batch: Mapping[str, np.ndarray]) -> int:
+    """How many real tokens a batch holds."""
     segments = batch.get("segment_ids")
-    tokens = np.count_nonzero(segments) if segments is not None else next(iter(batch.values())).size
-    return Fed(arrays, batch.get("ids"), int(tokens))
+    return int(np.count_nonzero(segments) if segments is not None else next(iter(batch.values())).size)
 
 
 def prefetch(batches: Iterable[Any], function: Callable[[Any], Any], depth: int = 2) -> Generator[Any, None, None]:

@@ -166,12 +166,15 @@ def make_stores(settings: TrainSettings, workdir: Path) -> RowStores:
     return RowStores(settings.prefix_cache_gb * gb, settings.prefix_cache_disk_gb * gb, workdir / "prefix_cache")
 
 
-def plan_cache(base, arms, task, settings, total, batches, stores, mesh=None) -> prefix_cache.Cached | None:
+def plan_cache(
+    base, arms, task, settings, total, batches, stores, mesh=None, also=frozenset()
+) -> prefix_cache.Cached | None:
     """The prefix cache over the splits that are read more than once; None where there is none.
 
     Args:
       arms: (adapter, its first delta or None) of each arm that trains.
       base, task, settings, total, batches, stores, mesh: of all of them.
+      also: paths of weights that are not the same for all arms, beside those that they adapt.
     """
     on = settings.prefix_cache == "on"
     again = {
@@ -183,7 +186,7 @@ def plan_cache(base, arms, task, settings, total, batches, stores, mesh=None) ->
         return None
     found = [_adapted(base, adapter, start) for adapter, start in arms]
     known = [paths for paths in found if paths is not None]
-    everything = frozenset().union(*known) if len(known) == len(found) else None
+    everything = frozenset(also).union(*known) if len(known) == len(found) else None
     return prefix_cache.for_run(
         base, everything, task, repeated, stores, mode=settings.prefix_cache, accumulate=settings.accumulate, mesh=mesh
     )

@@ -14,6 +14,7 @@ An example is a dict of numpy arrays: 1-D arrays of one length hold one value pe
 moved with it.
 """
 
+import copy
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,6 +112,20 @@ class Batches:
         if step < 0:
             raise IndexError(f"steps count from 0, got {step}")
         return self.collate(self._drawn(step))
+
+    def with_seed(self, seed: int) -> "Batches":
+        """The same rows in the order of another seed, as if made with it.
+
+        Raises:
+          UserError: the rows are packed, so that they depend on the seed too.
+        """
+        if self.packing:
+            raise UserError("packing plans its rows by the seed: make the batches of another seed anew")
+        new = copy.copy(self)
+        new.__dict__.pop("fingerprint", None)
+        new._seed = int(seed)
+        new._order = functools.lru_cache(maxsize=4)(new._permutation)
+        return new
 
     def in_order(self) -> Iterator[Batch]:
         """Every row exactly once, in order; the last batch is filled with empty rows (ids -1, everything else 0)."""

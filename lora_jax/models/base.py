@@ -36,6 +36,7 @@ class Base:
       hf_config: config.json as read.
       eos_ids: the tokens at which generation stops.
       dtype: of the weights.
+      fresh: paths of the weights that no checkpoint has: a new head, drawn by the seed.
     """
 
     config: Any
@@ -46,6 +47,7 @@ class Base:
     hf_config: dict[str, Any]
     eos_ids: tuple[int, ...]
     dtype: Any
+    fresh: tuple[str, ...] = ()
 
     @property
     def num_labels(self) -> int | None:
@@ -110,6 +112,17 @@ def quantized(base: Base, format: str, targets: Any = None, **options: Any) -> B
     variables = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), variables)
     new = dataclasses.replace(base, variables=variables, apply=lift(base.apply, unused="allow"))
     vars(new)["sites"] = base.sites  # quantizing moves no axis
+    return new
+
+
+def reseeded(base: Base, seed: int) -> Base:
+    """The base as `load_pretrained` gives it for another seed: its fresh head drawn anew, all other arrays shared."""
+    if not base.fresh:
+        return base
+    shapes = {path: leaf.shape for path, leaf in trees.flatten(base.variables).items() if path in base.fresh}
+    drawn = {p: jnp.asarray(fresh(p, shape, base.config, seed), base.dtype) for p, shape in shapes.items()}
+    new = dataclasses.replace(base, variables=trees.replace(base.variables, drawn))
+    vars(new)["sites"] = base.sites
     return new
 
 

@@ -51,8 +51,8 @@ def load_pretrained(
     """
     folder, raw, family, config = _described(path, num_labels, dropout)
     kind = bases.check_dtype(dtype)
-    flat = _read(folder, family, config, kind, seed)
-    return _base(folder, raw, family, config, kind, flat)
+    flat, fresh = _read(folder, family, config, kind, seed)
+    return _base(folder, raw, family, config, kind, flat, fresh)
 
 
 def outline(
@@ -88,7 +88,9 @@ def _described(
     return folder, raw, family, config
 
 
-def _base(folder: Path, raw: dict[str, Any], family: ModuleType, config: Any, kind: Any, flat: Mapping) -> Base:
+def _base(
+    folder: Path, raw: dict[str, Any], family: ModuleType, config: Any, kind: Any, flat: Mapping, fresh: tuple = ()
+) -> Base:
     return Base(
         config=config,
         variables=bases.nest(flat),
@@ -98,6 +100,7 @@ def _base(folder: Path, raw: dict[str, Any], family: ModuleType, config: Any, ki
         hf_config=raw,
         eos_ids=_eos_ids(folder, config),
         dtype=kind,
+        fresh=fresh,
     )
 
 
@@ -184,8 +187,10 @@ def _weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no weights: expected {SINGLE} or {INDEX}{found}")
 
 
-def _read(folder: Path, family: ModuleType, config: Any, dtype: Any, seed: int) -> dict[str, Any]:
-    """`{path: array}` of all weights, checked, in the model's own order."""
+def _read(
+    folder: Path, family: ModuleType, config: Any, dtype: Any, seed: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """`{path: array}` of all weights, checked, in the model's own order, and the paths that were drawn fresh."""
     checkpoint = Checkpoint(folder, family)
     shapes = bases.shapes(family, config)
     tensors = family.tensors(config, config.num_labels)
@@ -201,7 +206,7 @@ def _read(folder: Path, family: ModuleType, config: Any, dtype: Any, seed: int) 
     for name, array in checkpoint.arrays(present):
         path = wanted[name]
         flat[path] = jnp.asarray(array.T if tensors[path].transpose else array, dtype)
-    return {path: flat[path] for path in shapes}
+    return {path: flat[path] for path in shapes}, tuple(sorted(fresh))
 
 
 def _fresh_head(family: ModuleType, paths: set[str], absent: set[str]) -> set[str]:

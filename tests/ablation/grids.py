@@ -29,7 +29,7 @@ def get_config():
 def sweep():
     return {sweep}
 """
-# Two packs. In each: one arm that stops early, one that diverges, two that go on to the end.
+# Two packs of 4 (see `spawn`). In each: one arm that stops early, one that diverges, two that go on to the end.
 ENDS = """product(
         axis("seed", range(2)),
         zipped(axis("adapter.rank", [1, 2, 2, 4]), axis("train.learning_rate", [1e-2, 1e38, 1e-9, 2e-2]),
@@ -48,11 +48,21 @@ def world(folder: Path, sweep: str = ENDS, steps: int = 40) -> Path:
     return file
 
 
-def spawn(file: Path, workdir: Path, *more: str, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
+def spawn(
+    file: Path, workdir: Path, *more: str, most: int = 4, cwd: Path = ROOT, **environment: str
+) -> subprocess.Popen:
     """`python -m experiments.ablate` as a process; compiled programs are shared by all that have one config file."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(file.parent / "cache")}
     env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    line = [sys.executable, "-m", "experiments.ablate", f"--config={file}", f"--workdir={workdir}", *more]
+    line = [
+        sys.executable,
+        "-m",
+        "experiments.ablate",
+        f"--config={file}",
+        f"--workdir={workdir}",
+        f"--arms_together={most}",
+        *more,
+    ]
     return subprocess.Popen(
         line, cwd=cwd, env={**env, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -163,7 +163,7 @@ def _together(arms: Sequence[Arm], workdir: Path, close: Ended, tick: Any, store
     fit_together(
         first.base, [own.adapter for own in parts], first.task, first.splits, [arm.config.train for arm in arms],
         [run_folder(workdir, arm.id) for arm in arms], pack_folder(workdir, [arm.id for arm in arms]),
-        seed=config.seed, max_length=config.data.max_length,
+        seeds=[arm.config.seed for arm in arms], bases=[own.base for own in parts], max_length=config.data.max_length,
         saves=[functools.partial(_save, own) for own in parts],
         about=[{"config": arm.values, "arms_together": [other.id for other in arms]} for arm in arms],
         ended=lambda index, why: close(arms[index].id, why),
@@ -199,8 +199,12 @@ def parts_of(config: Config) -> Parts:
     text = dataclasses.asdict(config)
     about_data = (text["data"], text["task"], text["model"]["path"])
     splits, task = _once("data", about_data, lambda: _data(config))
-    about_base = (text["model"], text["quant"], config.seed, list(task.labels or ()))
-    base: models.Base = _once("base", about_base, lambda: load_base(config, len(task.labels) if task.labels else None))
+    about_base = (text["model"], text["quant"], list(task.labels or ()))
+    loaded: models.Base = _once(
+        "base", about_base, lambda: load_base(config, len(task.labels) if task.labels else None)
+    )
+    of_seed: dict[int, models.Base] = _once("of seed", about_base, dict)
+    base = of_seed.setdefault(config.seed, of_seed.get(config.seed) or models.reseeded(loaded, config.seed))
     adapter = _once_adapter(text["adapter"], about_base, lambda: make_adapter(config, base))
     return Parts(base, task, splits, adapter, make_mesh(config))
 

@@ -3,6 +3,10 @@
 Arms stack if they have the model, the data with its order, the batch shape, the steps and the method in common, and
 deltas that are alike (see `stack.alike`). They should stack if no arm pays much for the others: every arm of a pack
 computes the largest rank, every site and the deepest backward pass of all.
+
+Arms with one seed come first: they see one batch, so what lies below their lowest adapted weight is computed once for
+all of them. Packs of different seeds are put together afterwards, where they may (`apart`) and where giving that up
+costs no arm too much.
 """
 
 import math
@@ -11,6 +15,7 @@ from typing import Any, NamedTuple
 
 from lora_jax import trees
 from lora_jax.ablation.arms import Arm, digest, identity_of
+from lora_jax.ablation.running.mixed import masks_keep
 from lora_jax.ablation.running.stack import alike, fills
 from lora_jax.adapters import Adapter
 from lora_jax.sites import Site, Sites
@@ -25,6 +30,11 @@ WORTH = 1.25  # an arm may cost this much more in a pack than its own work
 MOST = 16  # arms of a pack
 
 
+def _never(arm: Arm) -> bool:
+    del arm
+    return False
+
+
 class Shape(NamedTuple):
     """What the planner knows of an arm.
 
@@ -33,12 +43,14 @@ class Shape(NamedTuple):
       delta: its delta's shapes.
       sites: of the base.
       tokens: of a batch, padding included.
+      random: whether a step of the arm draws dropout.
     """
 
     adapter: Adapter
     delta: Mapping[str, Any]
     sites: Sites
     tokens: int
+    random: Callable[[Arm], bool] = _never
 
 
 def plan(
@@ -56,10 +68,38 @@ def plan(
     for arm in arms:
         groups.setdefault(_common(arm), []).append(arm)
     packs: list[list[Arm]] = []
-    for group in groups.values():
-        packs += _divided(group, shapes, memory, most) if most > 1 and packable(group[0]) else [[arm] for arm in group]
     place = {arm.id: i for i, arm in enumerate(arms)}
+    for group in groups.values():
+        if most == 1 or not packable(group[0]):
+            packs += [[arm] for arm in group]
+            continue
+        seeds = dict.fromkeys(arm.config.seed for arm in group)
+        own = [_divided([a for a in group if a.config.seed == seed], shapes, memory, most) for seed in seeds]
+        packs += _mixed([pack for divided in own for pack in divided], shapes, memory, most)
+    packs = [sorted(pack, key=lambda arm: place[arm.id]) for pack in packs]
     return sorted(packs, key=lambda pack: place[pack[0].id])
+
+
+def apart(arm: Arm, shape: Shape) -> str:
+    """Why an arm may only train beside arms with its own seed; '' where it may train beside others."""
+    train = arm.config.train
+    if train.packing:
+        return "train.packing plans its rows by the seed"
+    given = train.buckets
+    single = given in (1, "1") or (isinstance(given, (list, tuple)) and len(given) == 1)
+    single = single or (train.share_rows and not shape.adapter.own_rows)
+    if not (single and masks_keep()) and shape.random(arm):
+        return "the arms draw dropout and a seed's batches have lengths of their own (train.share_rows gives them one)"
+    return ""
+
+
+def reasons(arms: Sequence[Arm], shapes: Callable[[Arm], Shape]) -> list[str]:
+    """Why arms that differ in nothing but their seed train apart, each reason once."""
+    groups: dict[str, list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault(_common(arm), []).append(arm)
+    several = [g for g in groups.values() if packable(g[0]) and len({arm.config.seed for arm in g}) > 1]
+    return list(dict.fromkeys(why for group in several if (why := apart(group[0], shapes(group[0])))))
 
 
 def packable(arm: Arm) -> bool:
@@ -88,8 +128,40 @@ def activations(shape: Shape) -> float:
 
 
 def _common(arm: Arm) -> str:
-    """Equal for arms that differ in nothing but data."""
-    return digest({name: value for name, value in identity_of(arm.config).items() if name not in DATA})
+    """Equal for arms that differ in nothing but data and the seed."""
+    return digest({name: value for name, value in identity_of(arm.config).items() if name not in (*DATA, "seed")})
+
+
+def _mixed(packs: list[list[Arm]], shapes: Callable[[Arm], Shape], memory: float, most: int) -> list[list[Arm]]:
+    """Packs of one seed each -> fewer packs: each goes whole into the first one that has place for it."""
+    if len(packs) == 1 or apart(packs[0][0], shapes(packs[0][0])):
+        return packs
+    known = {arm.id: shapes(arm) for pack in packs for arm in pack}
+    found: list[list[list[Arm]]] = []  # of each new pack the old ones
+    for pack in packs:
+        fits = (new for new in found if sum(map(len, new)) + len(pack) <= most and _mix([*new, pack], known, memory))
+        if (new := next(fits, None)) is None:
+            found.append([pack])
+        else:
+            new.append(pack)
+    return [[arm for pack in new for arm in pack] for new in found]
+
+
+def _mix(packs: Sequence[Sequence[Arm]], known: Mapping[str, Shape], memory: float) -> bool:
+    """Whether packs may become one, in which no arm shares what lies below its lowest adapted weight."""
+    if not _belongs([arm for pack in packs for arm in pack], known, memory):
+        return False
+    whole = _union([known[arm.id].delta for pack in packs for arm in pack])
+    return all(work(known[pack[0].id], whole) <= WORTH * _shared_work(pack, known) for pack in packs)
+
+
+def _shared_work(pack: Sequence[Arm], known: Mapping[str, Shape]) -> float:
+    """As `work`, of each arm of a pack with one batch."""
+    shape, whole = known[pack[0].id], _union([known[arm.id].delta for arm in pack])
+    depths = _depths(shape.sites)
+    lowest = min(depths.get(path, -1.0) for path in whole)
+    below = sum(math.prod(s.shape) for path, s in _products(shape.sites).items() if depths[path] < lowest)
+    return work(shape, whole) - below * (1 - 1 / len(pack))
 
 
 def _divided(group: Sequence[Arm], shapes: Callable[[Arm], Shape], memory: float, most: int) -> list[list[Arm]]:

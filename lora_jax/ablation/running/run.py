@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax import models
 from lora_jax.ablation import results
@@ -19,6 +20,7 @@ from lora_jax.ablation.grid_file import GridFile
 from lora_jax.ablation.running import launchers, planner
 from lora_jax.ablation.running.board import Board, Echo
 from lora_jax.ablation.running.execute import FAILURE, pack_folder, run_folder, status
+from lora_jax.ablation.running.mixed import draws
 from lora_jax.assemble import delta_shapes, load_data, make_adapter, make_task, model_path
 from lora_jax.errors import UserError
 from lora_jax.records import read_json, write_json
@@ -66,6 +68,8 @@ def run(
         packs = planner.plan(good, known, memory=usable_memory() if memory is None else memory, most=most)
         todo = unfinished(good, packs, workdir, most)
         board.begin(todo)
+        for why in planner.reasons(good, known) if todo and most > 1 else ():
+            board.say(f"seeds train apart: {why}")
         if todo:
             (launch or launchers.make("local"))(todo, workdir, board)
         rows = board.write()
@@ -130,8 +134,15 @@ class Shapes:
             config, base = arm.config, self._base(arm.config)
             adapter = make_adapter(config, base)
             tokens = config.train.batch_size * config.data.max_length // config.train.accumulate
-            self._found[arm.id] = planner.Shape(adapter, delta_shapes(adapter, base), base.sites, tokens)
+            delta = delta_shapes(adapter, base)
+            self._found[arm.id] = planner.Shape(adapter, delta, base.sites, tokens, self._random)
         return self._found[arm.id]
+
+    def _random(self, arm: Arm) -> bool:
+        """Whether a step of an arm draws dropout."""
+        shape, train = self(arm), arm.config.train
+        tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+        return draws(self._base(arm.config), shape.adapter, shape.delta, {"tokens": tokens}, train.prefix_cache != "on")
 
     def task(self, config: Config) -> tuple[Any, dict[str, int]]:
         """(task, {split: how many records}) of a config."""

@@ -19,7 +19,6 @@ from lora_jax import evaluate, feed, manifest, records, trees
 from lora_jax.ablation.running.packed import Hyper, Pack, PackState, Program
 from lora_jax.adapters import Adapter
 from lora_jax.checkpoint import Checkpoints
-from lora_jax.data import Batches
 from lora_jax.lift import is_adapted
 from lora_jax.loop import Plan, evaluation_record
 from lora_jax.stopping import Best, Interrupted, Signals
@@ -71,10 +70,11 @@ class Together:
       state: replaced by every step.
       variables: the base.
       task, splits: of all arms.
-      batches: of every split.
+      batches: of every split; those of evaluation are the same for all arms.
       plan: what is done when; the same for all arms but `patience`.
       patience: of each arm, in evaluations; 0 is off.
       folder: of the pack's checkpoints.
+      place: sends a batch of training off.
       ended: is called with (index, why or '') whenever an arm has ended, its files written.
       tick: is called with the step after every log line.
     """
@@ -87,11 +87,12 @@ class Together:
     variables: Any
     task: Any
     splits: Mapping[str, Sequence[Any]]
-    batches: Mapping[str, Batches]
+    batches: Mapping[str, Any]
     plan: Plan
     patience: Sequence[int]
     learning_rates: Sequence[Callable[[Any], Any]]
     folder: Path
+    place: Callable[[Any], feed.Fed] = lambda batch: feed.place(batch, None)
     ended: Callable[[int, str], None] = lambda index, why: None
     tick: Callable[[int], None] = lambda step: None
 
@@ -103,7 +104,8 @@ class Together:
         """
         metric, mode = self.task.better
         self._books = [Book(Best(metric, mode)) for _ in self.jobs]
-        self._step, self._seconds, self._tokens = 0, 0.0, 0
+        self._step, self._seconds = 0, 0.0
+        self._tokens = np.zeros(len(self.jobs), np.int64)  # of each arm
         self._pending: list[dict[str, Any]] = []
         self._last_dev: tuple[int, Any] = (-1, None)
         self._kept = self.state.trainable if any(self.patience) else None
@@ -121,7 +123,7 @@ class Together:
         self._began = time.perf_counter() - self._seconds
         self._start_window()
         steps = range(self._step, self.plan.total)
-        fed = feed.prefetch((self.batches["train"][i] for i in steps), lambda batch: feed.place(batch, None))
+        fed = feed.prefetch((self.batches["train"][i] for i in steps), self.place)
         throttle = feed.Throttle()
         try:
             self._due(after_step=False)
@@ -165,15 +167,15 @@ class Together:
         first = self._step - len(found)
         columns = {name: np.stack([numbers[name] for numbers in found]) for name in NUMBERS}  # (steps, arms)
         now = time.perf_counter()
-        speed = self._window_tokens / max(now - self._window - self._away, 1e-9)
+        speeds = self._window_tokens / max(now - self._window - self._away, 1e-9)
         for i, _ in self._live():
             own = {name: column[:, i] for name, column in columns.items()}
             total, weight = math.fsum(own["loss_sum"].tolist()), math.fsum(own["weight"].tolist())
             rate = float(jax.device_get(self.learning_rates[i](self._step - 1)))
             line = {
                 "step": self._step, "split": "train", "loss": total / weight if weight else math.nan,
-                "learning_rate": rate, "grad_norm": float(own["grad_norm"].mean()), "tokens_per_second": speed,
-                "tokens": self._tokens, "seconds": now - self._began,
+                "learning_rate": rate, "grad_norm": float(own["grad_norm"].mean()),
+                "tokens_per_second": float(speeds[i]), "tokens": int(self._tokens[i]), "seconds": now - self._began,
             }  # fmt: skip
             if own["penalty"].any():
                 line["penalty"] = float(own["penalty"].mean())
@@ -282,7 +284,7 @@ class Together:
     def _save(self) -> None:
         self._log_pending_only()
         meta = {
-            "step": self._step, "seconds": time.perf_counter() - self._began, "tokens": self._tokens,
+            "step": self._step, "seconds": time.perf_counter() - self._began, "tokens": self._tokens.tolist(),
             "books": [dataclasses.asdict(book) for book in self._books],
             "pending": [{name: np.asarray(x).tolist() for name, x in numbers.items()} for numbers in self._pending],
         }  # fmt: skip
@@ -299,7 +301,8 @@ class Together:
         meta = self._checkpoints.meta(max(steps))
         restored = self._checkpoints.restore(max(steps), {"state": self.state, "kept": self._kept})
         self.state, self._kept = restored["state"], restored["kept"]
-        self._step, self._seconds, self._tokens = meta["step"], meta["seconds"], meta["tokens"]
+        self._step, self._seconds = meta["step"], meta["seconds"]
+        self._tokens = np.asarray(meta["tokens"], np.int64)
         self._books = [Book.from_json(book) for book in meta["books"]]
         self._pending = [{n: np.asarray(x, np.float32) for n, x in numbers.items()} for numbers in meta["pending"]]
 
@@ -324,7 +327,8 @@ class Together:
         return record["split"] == "dev" and record["step"] <= book.evaluated
 
     def _start_window(self) -> None:
-        self._window, self._away, self._window_tokens = time.perf_counter(), 0.0, 0
+        self._window, self._away = time.perf_counter(), 0.0
+        self._window_tokens = np.zeros(len(self.jobs), np.int64)
 
 
 def _count(adapter: Adapter, delta: Any) -> int:

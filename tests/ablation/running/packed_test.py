@@ -14,6 +14,7 @@ from lora_jax import records
 from lora_jax.ablation.running.fit import fit_together
 from lora_jax.data.row_store import RowStores
 from lora_jax.errors import UserError
+from lora_jax.models import reseeded
 from lora_jax.train import TrainSettings, fit
 
 MODEL = {
@@ -40,13 +41,13 @@ ALIKE = {
 }  # fmt: skip
 
 
-def together(folder, arms, splits=SPLITS, seed=0, **options):
+def together(folder, arms, splits=SPLITS, **options):
     """{index: (saved delta, losses, summary or why it failed)}."""
-    base, saved, why = lj.from_config(MODEL), {}, {}
+    base, saved, why = options.pop("base", None) or lj.from_config(MODEL), {}, {}
     before = jax.tree.map(np.array, base.variables)
     fit_together(
         base, [method for method, _ in arms], standin.make_task(), splits, [own for _, own in arms],
-        [folder / str(i) for i in range(len(arms))], folder / "pack", seed=seed,
+        [folder / str(i) for i in range(len(arms))], folder / "pack",
         saves=[lambda where, delta, i=i: saved.update({i: delta}) for i in range(len(arms))],
         ended=lambda i, reason: why.update({i: reason}), **options,
     )  # fmt: skip
@@ -83,6 +84,44 @@ def test_an_arm_of_a_pack_is_the_run_alone(kind, tmp_path):
             np.testing.assert_allclose(summary[split]["loss"], alone[split]["loss"], rtol=1e-4)
     # The arms are different runs, not copies of one.
     assert not np.allclose(found[0][1], found[1][1], rtol=1e-6)
+
+
+ROWS = dataclasses.replace(PLAIN, share_rows=True, buckets=None, log_every=1)
+SEEDS = {
+    "buckets": (lj.lora(rank=2, layers="last:1"), dataclasses.replace(PLAIN, buckets=[4, 6], batch_size=2), "off"),
+    "rows that are shared, dropout, the prefix cached": (lj.lora(rank=2, layers="last:1", dropout=0.3), ROWS, "on"),
+}
+
+
+@pytest.mark.parametrize("kind", SEEDS)
+def test_arms_with_different_seeds_are_the_runs_alone(kind, tmp_path):
+    """Order of the data, first delta, frozen fresh weight and masks are those of the own seed; two arms share one."""
+    method, own, cache = SEEDS[kind]
+    own, seeds = dataclasses.replace(own, steps=14 if cache == "on" else 4, prefix_cache=cache), (5, 0, 5)
+    arms = [(method, own), (method, own), (method, dataclasses.replace(own, learning_rate=3e-2))]
+    base = dataclasses.replace(lj.from_config(MODEL), fresh=("lm_head/kernel",))
+    bases = [reseeded(base, seed) for seed in seeds]
+    stores = RowStores(1e8)
+    found = together(tmp_path / "pack", arms, base=bases[0], bases=bases, seeds=seeds, stores=stores)
+    assert bool(stores._stores) == (cache == "on")
+    assert found[2][1][0] == found[0][1][0] and found[2][1][3] != found[0][1][3], "one seed, two learning rates"
+    for i, seed in enumerate(seeds[:2]):
+        alone = fit(
+            bases[i], method, standin.make_task(), SPLITS, arms[i][1], tmp_path / f"alone{i}", seed=seed, echo=None
+        )
+        np.testing.assert_allclose(found[i][1], lines(tmp_path / f"alone{i}"), rtol=1e-4)
+        close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 + 1e-4 * float(jnp.max(jnp.abs(b))))  # noqa: E731
+        jax.tree.map(close, found[i][0], alone.delta)
+        own_lines = [
+            [(r["step"], r["tokens"]) for r in records.read_jsonl(folder / "metrics.jsonl") if r["split"] == "train"]
+            for folder in (tmp_path / "pack" / str(i), tmp_path / f"alone{i}")
+        ]
+        assert own_lines[0] == own_lines[1]
+        manifests = [
+            records.read_json(f / "manifest.json") for f in (tmp_path / "pack" / str(i), tmp_path / f"alone{i}")
+        ]
+        assert manifests[0]["identity"] == manifests[1]["identity"]
+    assert not np.allclose(found[0][1], found[1][1], rtol=1e-3)
 
 
 def ignored(summary):

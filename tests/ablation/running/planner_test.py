@@ -9,6 +9,7 @@ from lora_jax.ablation import axis, expand, product, zipped
 from lora_jax.ablation.running import planner, run
 
 SHAPES = run.Shapes()
+ARMS = []  # of every call of `packs`
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +25,7 @@ def packs(grid, memory=float("inf"), most=16, **changes):
         (cfg[section] if field else cfg)[field or section] = value
     cfg.train.steps = 2
     arms = expand(grid, functools.partial(config.variant, cfg))
+    ARMS.append(arms)
     return [[arm.label for arm in pack] for pack in planner.plan(arms, SHAPES, memory=memory, most=most)]
 
 
@@ -31,7 +33,7 @@ def test_what_is_data_packs_and_what_is_not_does_not():
     rates = axis("train.learning_rate", [1e-3, 1e-2])
     assert len(packs(product(rates, axis("adapter.alpha", [4, 16]), axis("train.clip_norm", [0.0, 1.0])))) == 1
     for field, values in {
-        "seed": [0, 1], "train.batch_size": [4, 8], "train.steps": [2, 3], "adapter.options.dropout": [0.0, 0.1],
+        "train.batch_size": [4, 8], "train.steps": [2, 3], "adapter.options.dropout": [0.0, 0.1],
         "adapter.method": ["lora", "dora"], "train.schedule": ["linear", "cosine"],
         "model.dtype": ["float32", "bfloat16"],
     }.items():  # fmt: skip
@@ -50,9 +52,30 @@ def test_ranks_and_layers_pack_where_none_pays_much_for_another():
 def test_every_arm_is_in_one_pack_in_the_order_of_the_grid():
     grid = product(axis("adapter.rank", [1, 2]), axis("adapter.layers", ["last:1", "all"]), axis("seed", range(2)))
     found = packs(grid)
-    assert sorted(len(pack) for pack in found) == [2, 2, 2, 2]
+    assert sorted(len(pack) for pack in found) == [2, 2, 4], "the last layer's packs share what lies below"
     assert sorted(label for pack in found for label in pack) == sorted({label for pack in found for label in pack})
     assert found[0][0] == "rank=1 layers=last:1 seed=0"
+
+
+def test_seeds_train_together_where_it_costs_no_shared_prefix():
+    """An arm of each seed has nothing to share; two arms of a seed share all but the last layer."""
+    seeds, last = axis("seed", [0, 1]), dict(adapter__layers="last:1")
+    assert [len(p) for p in packs(seeds)] == [2] and [len(p) for p in packs(seeds, **last)] == [2]
+    rates = product(seeds, axis("train.learning_rate", [1e-3, 1e-2]))
+    assert [len(p) for p in packs(rates)] == [4] and [len(p) for p in packs(rates, most=3)] == [2, 2]
+    assert packs(rates, **last)[0] == ["seed=0 learning_rate=0.001", "seed=0 learning_rate=0.01"]
+
+
+def test_seeds_train_apart_where_an_arm_would_not_be_the_run_alone():
+    """Packed rows depend on the seed; dropout masks on the length of a batch, unless there is one length."""
+    seeds, dropout = axis("seed", [0, 1]), dict(adapter__options=dict(dropout=0.1))
+    for changes, apart in [
+        (dict(train__packing=True), "train.packing"), (dropout, "draw dropout"),
+        (dict(**dropout, train__share_rows=True), ""), (dict(**dropout, train__buckets=[128]), ""),
+    ]:  # fmt: skip
+        assert [len(p) for p in packs(seeds, **changes)] == ([1, 1] if apart else [2]), changes
+        why = planner.reasons(ARMS[-1], SHAPES)
+        assert len(why) == bool(apart) and apart in "".join(why)
 
 
 def test_memory_and_the_flag_bound_a_pack():

@@ -12,7 +12,7 @@ from tests.ablation import grids
 
 PACKAGES = {"ray": "ray", "slurm": "submitit"}
 OPTIONS = {"ray": "cpus=1,at_once=2", "slurm": "cluster=local,cpus=1,at_once=2,poll=0.2"}
-# Two packs of two; a step is quick, so that there are many of them to be killed in.
+# Two packs of two (`most=2`); a step is quick, so that there are many of them to be killed in.
 SWEEP = 'product(axis("seed", range(2)), axis("adapter.rank", [1, 2]))'
 
 
@@ -47,7 +47,7 @@ def file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def straight(file):
     """The work directory of the grid without launcher and disturbance."""
-    grids.finish(grids.spawn(file, file.parent / "straight", NPROC="1"))
+    grids.finish(grids.spawn(file, file.parent / "straight", most=2, NPROC="1"))
     return file.parent / "straight"
 
 
@@ -69,7 +69,7 @@ def kill_one(process, workdir) -> tuple[Path, dict]:
 def test_a_killed_worker_is_replaced_and_the_grid_ends_as_undisturbed(file, straight, tmp_path, launcher):
     pytest.importorskip(PACKAGES[launcher], reason=f"needs the extra: pip install 'lora_jax[{launcher}]'")
     workdir, options = tmp_path / "grid", (f"--launcher={launcher}", f"--launcher_options={OPTIONS[launcher]}")
-    process = grids.spawn(file, workdir, *options, cwd=tmp_path, RAY_ADDRESS="local", NPROC="1")
+    process = grids.spawn(file, workdir, *options, most=2, cwd=tmp_path, RAY_ADDRESS="local", NPROC="1")
     try:
         arm, before = kill_one(process, workdir)
         out = grids.finish(process)
