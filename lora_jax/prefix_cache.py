@@ -70,6 +70,7 @@ class Cached:
       without_dropout: whether the base has dropout that is off because of the cache.
       notes: what to tell the user, one line each.
       cut: where the function is split; two caches of one model with the same cut have the same `apply`.
+      prefix: `(variables, **inputs)` -> the frontier; None where nothing is kept.
     """
 
     apply: Callable
@@ -80,6 +81,7 @@ class Cached:
     without_dropout: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
     cut: str = ""
+    prefix: Callable | None = None
     _keys: list[str] = dataclasses.field(default_factory=list)
     _stores: RowStores | None = None
 
@@ -116,6 +118,16 @@ class CachedBatches:
 
     def __getitem__(self, step: int) -> Mapping[str, Any]:
         return self.place(self._inner[step])
+
+    def shapes(self, rows: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Of the frontier of a batch."""
+        kinds, segments = self._store.kinds, self._inner.segments
+        return tuple(jax.ShapeDtypeStruct((rows, *kind.row(length, segments)), kind.dtype) for kind in kinds)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the frontier of all rows."""
+        return self._store.nbytes
 
     def in_order(self) -> Iterator[Mapping[str, Any]]:
         """As `Batches.in_order`."""
@@ -220,7 +232,7 @@ def _open(found: Cached, base, parts: Split, batches, stores: RowStores) -> None
         found.notes.append("prefix cache off: what would be kept does not follow the length of the rows")
         return
     compute = lambda batch: prefix(found.variables, **found.task.inputs(batch))  # noqa: E731
-    found._stores = stores
+    found._stores, found.prefix = stores, prefix
     for name, one in batches.items():
         key = _key(base, parts, one, kinds)
         store = stores.open(key, kinds, one.row_sizes)

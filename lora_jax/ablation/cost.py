@@ -25,6 +25,7 @@ from lora_jax import adapters, optim, quant, trees
 from lora_jax.adapters.parts.ranks import default_targets
 from lora_jax.assemble import delta_shapes
 from lora_jax.lift import lift
+from lora_jax.prefix_cache import FIELD, Cached, CachedBatches
 from lora_jax.sites import count_layers
 from lora_jax.step import delta_of, init_state, make_train_step, step_keys
 from lora_jax.train_settings import TrainSettings
@@ -42,8 +43,10 @@ class Cost:
       activation_bytes: of one micro-batch of the longest rows: what is kept for the backward pass, and what one layer
         works with.
       step_flops: of one optimizer step on the longest rows.
-      run_flops: of all training steps at the rows' mean length; evaluations are not counted.
+      run_flops: of all training steps at the rows' mean length, and of the one pass over the data that fills the prefix
+        cache; evaluations are not counted.
       steps: of the run.
+      cache_bytes: of the prefix cache, on the host; 0 where the run has none.
     """
 
     trainable_params: int
@@ -54,6 +57,7 @@ class Cost:
     step_flops: float
     run_flops: float
     steps: int
+    cache_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -72,6 +76,7 @@ def estimate(
     steps: int,
     fill: float = 1.0,
     quantized: str = "",
+    cached: Cached | None = None,
 ) -> Cost:
     """What a run costs.
 
@@ -84,6 +89,7 @@ def estimate(
       steps: of the run.
       fill: mean over longest length of a batch.
       quantized: the number format that the base will have; FLOPs and activations are those of the dense one.
+      cached: the prefix cache that the run will have: a step then begins where it ends.
     """
     adapter = adapters.for_steps(adapter, steps)
     shapes, batch = _shapes(base.variables), _shapes(batch)
@@ -95,7 +101,10 @@ def estimate(
     )  # fmt: skip
     tx = adapter.wrap(tx) if adapter.wrap else tx
     state = jax.eval_shape(lambda d: init_state(d, mask, tx), delta)
-    apply = lift(base.apply)
+    working = _working(base, task, shapes, _micro(batch, settings.accumulate))
+    apply, filling, kept = lift(base.apply), 0.0, 0
+    if cached is not None:
+        apply, filling, kept, batch, task = _with_cache(cached, shapes, batch, task)
     # Micro-batches add up to the same FLOPs, but XLA would count the body of their loop once.
     step: Any = make_train_step(apply, adapter, task, tx, mask)
     flops = _flops(step.lower(state, shapes, batch))
@@ -106,10 +115,28 @@ def estimate(
         slot_bytes=_bytes(state.opt_state),
         base_bytes=base_bytes(base, quantized),
         activation_bytes=_activations(apply, adapter, task, mask, state, shapes, micro)
-        + _working(base, task, shapes, micro),
+        + working
+        + _bytes(micro.get(FIELD, ())),
         step_flops=flops,
-        run_flops=flops * steps * fill,
+        run_flops=(flops * steps + filling) * fill,
         steps=steps,
+        cache_bytes=kept,
+    )
+
+
+def _with_cache(cached: Cached, variables: Any, batch: Any, task: Any) -> tuple[Any, float, int, Any, Any]:
+    """(function of a step, FLOPs that fill the cache at the longest rows, its bytes, batch with its frontier, task)."""
+    train, apply = cached.batches["train"], lift(cached.apply, unused="allow")
+    if cached.prefix is None or not isinstance(train, CachedBatches):
+        return apply, 0.0, 0, batch, cached.task  # without dropout all the same, if it was said so
+    prefix = cached.prefix
+    once = _flops(jax.jit(lambda v, b: prefix(v, **task.inputs(b))).lower(variables, batch))
+    return (
+        apply,
+        once * train.steps_per_epoch,
+        train.nbytes,
+        {**batch, FIELD: train.shapes(*batch["tokens"].shape)},
+        cached.task,
     )
 
 

@@ -11,13 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import adapters, feed, models
+from lora_jax import adapters, feed, models, prefix_cache
 from lora_jax.ablation.arms import Arm
 from lora_jax.ablation.cost import Cost, estimate
-from lora_jax.assemble import load_data, make_adapter, make_task, model_path
+from lora_jax.assemble import delta_shapes, load_data, make_adapter, make_task, model_path
 from lora_jax.data import Batches
+from lora_jax.data.row_store import RowStores
+from lora_jax.prefix_cache import Cached
 from lora_jax.records import plain
 from lora_jax.settings import Adapter, Config, Data, Model, Task
+from lora_jax.train import plan_cache
 
 LOOKED_AT = 64  # batches whose lengths stand for those of a run
 
@@ -47,7 +50,14 @@ def table(arms: Sequence[Arm], costs: Sequence[Cost]) -> str:
     pad = lambda i, cell: cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i])  # noqa: E731
     lines = ["  ".join(pad(i, cell) for i, cell in enumerate(row)).rstrip() for row in [head, *rows]]
     total = sum(cost.run_flops for cost in costs) / 1e12
-    return "\n".join([*lines, f"{len(rows)} arms, {total:,.1f} TFLOP in all; estimates, peak memory of one arm alone"])
+    cached = [cost.cache_bytes for cost in costs if cost.cache_bytes]
+    if cached:
+        lines.append(
+            f"{len(cached)} of {len(costs)} arms compute what lies below the adapter once a data set "
+            f"(train.prefix_cache, up to {max(cached) / 1e6:,.0f} MB on the host): their steps begin above it, "
+            "their runs count one pass"
+        )
+    return "\n".join([*lines, f"{len(rows)} arms, {total:,.1f} TFLOP in all; estimates, of each arm alone"])
 
 
 def _of_arm(known: dict[str, Any], config: Config) -> Cost:
@@ -62,23 +72,40 @@ def _of_arm(known: dict[str, Any], config: Config) -> Cost:
     base = _once(known, ("base", *model, task.labels), _outline, config, task.labels)
     # No shape depends on the seed, the learning rate and the like.
     method = (config.adapter, config.quant, train.lora_plus_ratio)
-    shape = (*rows, *model, *method, train.accumulate, train.steps, train.epochs)
+    cache = (train.prefix_cache, train.prefix_cache_gb, train.prefix_cache_disk_gb, dataclasses.asdict(config.mesh))
+    shape = (*rows, *model, *method, train.accumulate, train.steps, train.epochs, *cache)
     return _once(known, ("cost", *shape), _of_config, config, base, task, batches)
 
 
 def _of_config(config: Config, base: Any, task: Any, batches: Batches) -> Cost:
     longest, most, first = max(batches.lengths), max(batches.row_counts), batches[0]
     looked = [batches[i]["tokens"].size for i in range(min(batches.steps_per_epoch, LOOKED_AT))]
+    adapter = make_adapter(config, base)
     return estimate(
         base,
-        make_adapter(config, base),
+        adapter,
         task,
         config.train,
         {name: _of_length(x, first["tokens"].shape, most, longest) for name, x in first.items()},
         steps=config.train.total(batches.steps_per_epoch),
         fill=float(np.mean(looked)) / (most * longest),
         quantized=config.quant,
+        cached=_cached(config, base, adapter, task, batches),
     )
+
+
+def _cached(config: Config, base: Any, adapter: Any, task: Any, batches: Batches) -> Cached | None:
+    """The prefix cache that a run will have, as planned from shapes; nothing is computed or kept."""
+    mesh, train, shaped = config.mesh, config.train, dataclasses.replace(base)
+    vars(shaped).update(sites=base.sites, fingerprint="")  # there are no weights to hash, and no store outlives this
+    devices = jax.device_count() if mesh.data == -1 else mesh.data
+    if max(devices, mesh.fsdp, mesh.tensor) > 1:
+        return None
+    stores = RowStores(max(train.prefix_cache_gb, train.prefix_cache_disk_gb) * prefix_cache.GB)
+    total = train.total(batches.steps_per_epoch)
+    arms = [(adapter, delta_shapes(adapter, base))]
+    found = plan_cache(shaped, arms, task, train, total, {"train": batches}, stores)
+    return None if found is None or (found.prefix is None and not found.without_dropout) else found
 
 
 def _data(config: Config) -> tuple[Any, Any]:

@@ -76,3 +76,23 @@ def test_a_survey_reads_no_weights_and_the_table_has_every_arm():
     lines = table(arms, costs).splitlines()
     assert len(lines) == 6 and all(arm.id in line and arm.label in line for arm, line in zip(arms, lines[1:]))
     assert lines[-1].startswith("4 arms, ")
+
+
+def test_a_run_with_a_prefix_cache_pays_what_lies_below_the_adapter_once():
+    """Two of three layers lie below; at one epoch no row comes again and nothing is kept."""
+    cfg = config.default()
+    cfg.data.limit, cfg.train.batch_size, cfg.adapter.layers = 40, 4, "last:1"
+    costs = {}
+    for mode, steps in [("auto", 100), ("off", 100), ("auto", 10)]:
+        cfg.train.prefix_cache, cfg.train.steps = mode, steps
+        arms = expand(axis("adapter.rank", [2]), functools.partial(config.variant, cfg))
+        [costs[mode, steps]] = survey(arms)
+        assert ("1 of 1 arms compute what lies below" in table(arms, [costs[mode, steps]])) == (
+            (mode, steps) == ("auto", 100)
+        )
+    cached, whole, once = costs.values()
+    assert cached.cache_bytes > 0 == whole.cache_bytes == once.cache_bytes
+    assert once.step_flops == whole.step_flops > 1.2 * cached.step_flops
+    saved = whole.step_flops - cached.step_flops  # of every step: the prefix's forward pass
+    passes = cached.run_flops / whole.run_flops * whole.step_flops * 100 - cached.step_flops * 100
+    np.testing.assert_allclose(passes, 10 * saved, rtol=0.05)
