@@ -11,6 +11,8 @@ from lora_jax.ablation.comparing import statistics, verdicts
 from lora_jax.ablation.comparing.groups import Comparison, Group
 from lora_jax.ablation.comparing.search import OVER, Best
 from lora_jax.ablation.comparing.statistics import LEVEL
+from lora_jax.ablation.reporting import by_example
+from lora_jax.ablation.reporting.by_example import ByExample
 
 PROPORTIONS = ("accuracy", "exact_match")
 
@@ -32,6 +34,7 @@ class Told(NamedTuple):
       effects: each axis by itself, averaged over the others.
       failed: arms without a result.
       missing: arms that have not run.
+      by_example: the best group against the next on the examples, where predictions are kept.
     """
 
     metric: str
@@ -47,11 +50,14 @@ class Told(NamedTuple):
     effects: Sequence[Comparison]
     failed: int
     missing: int
+    by_example: ByExample | None = None
 
 
 def supports(told: Told, level: float = LEVEL) -> list[str]:
     """What can be said."""
     out = [best(told.made, told.better, level)]
+    if told.by_example is not None:
+        out.append(by_example.sentence(told.by_example, level))
     if told.compared and told.base is not None:
         out.append(against(told.compared, told.base, told.better, level))
     if told.effects:
@@ -72,8 +78,7 @@ def best(made: Sequence[Group], better: str, level: float = LEVEL) -> str:
     finished = [g for g in made if g.values]
     if len(finished) < 2:
         return ""
-    sign = 1 if better == "max" else -1
-    top = max(finished, key=lambda g: sign * g.interval(level).mean)
+    top = by_example.leaders(finished, better)[0]
     pairs = list(itertools.combinations(finished, 2))
     adjusted = statistics.holm([_paired(a, b, level).p for a, b in pairs])
     with_top = [p for (a, b), p in zip(pairs, adjusted) if top in (a, b)]

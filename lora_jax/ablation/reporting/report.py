@@ -16,7 +16,7 @@ from lora_jax.ablation.comparing.groups import Comparison, Group
 from lora_jax.ablation.comparing.search import OVER, Best
 from lora_jax.ablation.comparing.statistics import LEVEL
 from lora_jax.ablation.grid_file import GridFile
-from lora_jax.ablation.reporting import pages
+from lora_jax.ablation.reporting import by_example, pages
 from lora_jax.ablation.reporting.findings import Told
 from lora_jax.ablation.reporting.gallery import Gallery
 from lora_jax.ablation.results import Row
@@ -32,7 +32,8 @@ Baseline = str | Mapping[str, Any]
 class Judged(NamedTuple):
     """The groups that the report is about, and what they were compared with.
 
-    `base` is among `made`; `whole` is the same group among all groups of the grid, where the learning rate is an axis.
+    `base` is among `made`; `whole` is the same group among all groups of the grid, where the learning rate is an axis;
+    `rows` are those that `made` is made of.
     """
 
     metric: str
@@ -42,6 +43,7 @@ class Judged(NamedTuple):
     compared: list[Comparison]
     found: list[Best]
     effects: list[Comparison]
+    rows: Sequence[Row] = ()
 
 
 def write(
@@ -120,15 +122,16 @@ def _judge(
     if OVER not in names or len(names) < 2:
         base = _baseline(made, given, described.base)
         by_axis = effects.compare(rows, metric, base.axes, better, level)
-        return Judged(metric, made, base, base, _compare(made, base, metric, better, level), [], by_axis)
+        return Judged(metric, made, base, base, _compare(made, base, metric, better, level), [], by_axis, rows)
     found = search.search(rows, metric, better)
     choice = _baseline([one.group for one in found], _without_rate(given), _without_rate(described.base))
     value = next(one.value for one in found if one.group is choice)
     whole = groups.find(made, {**choice.axes, OVER: value})
     judge = search.test_metric(rows, metric) or metric
-    at_best = groups.grouped(search.at_best(rows, found), judge, list(choice.axes))
+    kept = search.at_best(rows, found)
+    at_best = groups.grouped(kept, judge, list(choice.axes))
     base = groups.find(at_best, choice.axes)
-    return Judged(judge, at_best, base, whole, _compare(at_best, base, judge, better, level), found, [])
+    return Judged(judge, at_best, base, whole, _compare(at_best, base, judge, better, level), found, [], kept)
 
 
 def _baseline(made: Sequence[Group], given: Baseline | None, own: Mapping[str, Any] | None) -> Group:
@@ -180,6 +183,7 @@ def _told(
         effects=judged.effects if judged else [],
         failed=failed,
         missing=missing,
+        by_example=by_example.compare(folder, judged.rows, judged.made, shown, better) if judged else None,
     )
 
 
