@@ -10,7 +10,8 @@ from typing import Any
 from lora_jax.ablation import grid_file, results
 from lora_jax.ablation.arms import Arm
 from lora_jax.ablation.grid_file import GridFile
-from lora_jax.ablation.running.execute import COST, FAILURE, SUMMARY, run_folder, status
+from lora_jax.ablation.running.execute import FAILURE, SUMMARY, run_folder, status
+from lora_jax.ablation.running.expense import COST
 from lora_jax.progress import duration
 from lora_jax.records import read_json
 
@@ -30,7 +31,7 @@ def row_of(arm: Arm, workdir: Path) -> results.Row:
         row["trainable_params"] = summary["trainable_params"]
         row |= {f"{split}.{name}": value for split in ("dev", "test") for name, value in summary[split].items()}
         row |= {"step": summary["step"], "seconds": summary["seconds"]}
-    if (folder / COST).exists():
+    if state != "missing" and (folder / COST).exists():
         row |= read_json(folder / COST)
     return row
 

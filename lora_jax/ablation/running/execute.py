@@ -6,10 +6,7 @@ A pack of one arm is a run as any other. Data, task and base stay loaded for the
 import dataclasses
 import functools
 import json
-import resource
 import shutil
-import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 
 from lora_jax import data, models, records
 from lora_jax.ablation.arms import Arm, digest
+from lora_jax.ablation.running.expense import EVERY, Expense
 from lora_jax.ablation.running.fit import fit_together
 from lora_jax.ablation.running.packed import Pack
 from lora_jax.assemble import Parts, load_base, load_data, make_adapter, make_mesh, make_task, save_adapter, start_data
@@ -29,7 +27,7 @@ from lora_jax.train import fit, init_delta, make_stores
 
 Ended = Callable[[str, str], None]  # (arm id, why it failed or '')
 Stores = Callable[[Config], RowStores]
-SUMMARY, FAILURE, COST, CONFIG = "summary.json", "failure.json", "cost.json", "config.json"
+SUMMARY, FAILURE, CONFIG = "summary.json", "failure.json", "config.json"
 CHECKPOINTS = "checkpoints"
 REASON_LENGTH = 500  # characters of a reason, which is one field of results.csv
 
@@ -78,30 +76,37 @@ def execute(
     Raises:
       Interrupted: a signal came; what can be resumed is saved.
     """
-    began = time.perf_counter()
     left = [arm for arm in arms if status(run_folder(workdir, arm.id)) == "missing"]
     stores = functools.partial(_stores, workdir=scratch or workdir)
     for arm in left:
         _begin_anew(arms, arm, workdir)
         records.write_json(run_folder(workdir, arm.id) / CONFIG, arm.values)
+    expense = Expense({arm.id: run_folder(workdir, arm.id) for arm in left}, len(arms))
 
     def close(arm_id: str, failure: Mapping[str, Any] | None) -> None:
         if failure:
             records.write_json(run_folder(workdir, arm_id) / FAILURE, failure)
-        _write_cost(run_folder(workdir, arm_id), len(arms), time.perf_counter() - began)
+        expense.close(arm_id)
         ended(arm_id, failure["reason"] if failure else "")
+
+    def told(step: int, total: int) -> None:
+        expense.note(least=EVERY)
+        if tick is not None:
+            tick(step, total)
 
     try:
         if left and len(arms) == 1:
-            _alone(arms[0], workdir, tick, stores)
+            _alone(arms[0], workdir, told, stores)
             close(arms[0].id, None)
         elif left:
             records.write_json(begun_file(workdir, [arm.id for arm in arms]), {"arms": [arm.id for arm in arms]})
             tell = lambda arm_id, why: close(arm_id, {"reason": why} if why else None)  # noqa: E731
-            _together(arms, workdir, tell, tick, stores)
+            _together(arms, workdir, tell, told, stores)
     except Interrupted:
+        expense.note()
         raise
     except Exception as error:
+        expense.note()
         if len(arms) == 1:
             close(arms[0].id, _failure(error))
             return
@@ -141,7 +146,7 @@ def _forget(workdir: Path, ids: Sequence[str]) -> None:
 def _alone(arm: Arm, workdir: Path, tick: Any, stores: Stores) -> None:
     parts = parts_of(arm.config)
     total = arm.config.train.steps
-    echo = None if tick is None else lambda text: tick(_step_of(text), total)
+    echo = lambda text: tick(_step_of(text), total)  # noqa: E731
     start = init_delta(parts.base, parts.adapter, arm.config.seed, start_data(arm.config, parts))
     fit(
         parts.base, parts.adapter, parts.task, parts.splits, arm.config.train, run_folder(workdir, arm.id),
@@ -167,7 +172,7 @@ def _together(arms: Sequence[Arm], workdir: Path, close: Ended, tick: Any, store
         saves=[functools.partial(_save, own) for own in parts],
         about=[{"config": arm.values, "arms_together": [other.id for other in arms]} for arm in arms],
         ended=lambda index, why: close(arms[index].id, why),
-        tick=tick or (lambda step, total: None),
+        tick=tick,
         compiled=lambda pack, cut, make: _once("program", (cut, *_program_key(pack, first, config)), make),
         stores=stores(config),
     )  # fmt: skip
@@ -232,13 +237,3 @@ def _program_key(pack: Pack, parts: Parts, config: Config) -> Any:
     method = {n: v for n, v in parts.adapter.spec.items() if n not in ("rank", "alpha", "layers", "targets")}
     model = (dataclasses.asdict(config.model), config.quant, list(parts.task.labels or ()))
     return (pack.signature, *model, static, pack.total, str(method), str(parts.task.options))
-
-
-def _write_cost(folder: Path, count: int, seconds: float) -> None:
-    """What an arm cost: its share of the pack's time, with compilation; memory of the whole process."""
-    lines = [line for line in records.read_jsonl(folder / "metrics.jsonl") if line["split"] == "train"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found = {"seconds": seconds / count, "peak_memory_mb": peak / 1e6, "arms_together": count}
-    if lines:
-        found["tokens_per_second"] = lines[-1]["tokens_per_second"]
-    records.write_json(folder / COST, found)
