@@ -157,6 +157,22 @@ def test_fingerprint_changes_with_all_that_changes_a_batch():
     assert Batches(examples, 2).fingerprint != print_of() == print_of()
 
 
+@pytest.mark.parametrize("share_rows", [False, True])
+def test_another_seed_is_as_if_made_with_it(share_rows):
+    examples = lm([3, 9, 4, 7, 5, 2, 8, 6, 3])
+    make = lambda seed: Batches(examples, 4, seed, max_length=12, share_rows=share_rows)  # noqa: E731
+    first, made = make(0), make(7)
+    first[0], first.fingerprint
+    other = first.with_seed(7)
+    assert other.fingerprint == made.fingerprint != first.fingerprint
+    for step in range(5):
+        pairs = zip(other[step].items(), made[step].items(), strict=True)
+        assert all(a == b and np.array_equal(x, y) for (a, x), (b, y) in pairs)
+    assert not np.array_equal(ids(first[0]), ids(other[0])) and np.array_equal(ids(first[0]), ids(make(0)[0]))
+    with pytest.raises(UserError, match="packing plans its rows by the seed"):
+        Batches(examples, 4, packing=True).with_seed(7)
+
+
 def test_an_example_without_target_is_named():
     examples = lm([3, 4, 5])
     examples[1]["weights"][:] = 0

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import trees
 from lora_jax.errors import UserError
-from lora_jax.models import from_config, load_pretrained, save_pretrained
+from lora_jax.models import from_config, load_pretrained, reseeded, save_pretrained
 from tests.models import oracle
 
 
@@ -137,7 +137,12 @@ def test_fresh_head_only_when_asked(model):
             del t[name]
 
     folder = model("encoder", headless)
-    one, same, other = (load_pretrained(folder, num_labels=5, seed=s).variables["params"] for s in (0, 0, 1))
+    bases = [load_pretrained(folder, num_labels=5, seed=s) for s in (0, 0, 1)]
+    one, same, other = (base.variables["params"] for base in bases)
+    again = reseeded(bases[0], 1)
+    assert again.fingerprint == bases[2].fingerprint != bases[0].fingerprint
+    new, old = (trees.flatten(base.variables) for base in (again, bases[0]))
+    assert {path for path in new if new[path] is not old[path]} == set(again.fresh) != set(), "the rest is shared"
     kernel = np.asarray(one["classifier"]["kernel"])
     assert kernel.shape == (32, 5) and 0.01 < kernel.std() < 0.03
     assert not np.asarray(one["classifier"]["bias"]).any()

@@ -163,14 +163,15 @@ def test_settings_that_cannot_differ_are_refused(tmp_path):
         together(tmp_path, arms)
 
 
-def test_a_pack_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("seeds", [(), pytest.param((0, 3), marks=pytest.mark.slow)])
+def test_a_pack_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, seeds):
     """The process is stopped by a signal at step 3, with a line owed and the optimizer's slots in the checkpoint."""
     import os
     import signal
 
     own = dataclasses.replace(PLAIN, log_every=2, eval_every=4, steps=6)
     arms = [(lj.lora(rank=2), own), (lj.lora(rank=1), dataclasses.replace(own, learning_rate=3e-2, patience=3))]
-    straight = together(tmp_path / "straight", arms)
+    straight = together(tmp_path / "straight", arms, seeds=seeds)
 
     from lora_jax.ablation.running import fit as module
 
@@ -184,9 +185,9 @@ def test_a_pack_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "make_batches", stopping)
     with pytest.raises(lj.train.Interrupted):
-        together(tmp_path / "broken", arms)
+        together(tmp_path / "broken", arms, seeds=seeds)
     monkeypatch.undo()
-    resumed = together(tmp_path / "broken", arms)
+    resumed = together(tmp_path / "broken", arms, seeds=seeds)
     for i in range(2):
         assert resumed[i][1] == straight[i][1] and standin.same(resumed[i][0], straight[i][0])
 
