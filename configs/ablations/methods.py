@@ -4,8 +4,9 @@ r"""Which method is best when each gets the same search for its learning rate?
         --config.data.path=DIR/sst2
 
 Every method of `lora_jax/adapters/` with its own defaults and the head beside it; `head` alone and `full` are the two
-baselines. Three learning rates, a decade apart, and three seeds each: 153 arms. Methods differ in trainable parameters, so look at the metric
-against them too; where a method's best learning rate is at the edge of the search, the search was too narrow for it.
+baselines. Three learning rates, a decade apart, and three seeds each: 153 arms. Methods differ in trainable parameters,
+so look at the metric against them too; where a method's best learning rate is at the edge of the search, the search
+was too narrow for it.
 DIR/sst2 holds train/dev/test.jsonl with `text` and `label`.
 
 Result: not run yet.
