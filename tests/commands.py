@@ -38,7 +38,7 @@ class Ended(NamedTuple):
 def run(name: str, *arguments: str) -> int:
     """Runs `python -m experiments.NAME ARGUMENTS`, but in this process; returns its exit code."""
     module = importlib.import_module(f"experiments.{name}")
-    base = {} if name in ("train", "report") else {"base": workdir.read}
+    base = {} if name in ("train", "report", "benchmark") else {"base": workdir.read}
     with flagsaver.flagsaver():
         flags.FLAGS.unparse_flags()
         try:
