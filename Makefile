@@ -17,7 +17,7 @@ WORKDIR ?= runs/quickstart
 # Two workers with one thread pool each; a file's tests stay together, so that what they share is built once.
 PYTEST := -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help install quickstart test test-newest test-all lint format clean
+.PHONY: help install quickstart benchmark test test-newest test-all lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -45,6 +45,10 @@ install: $(VENV)/.all  ## .venv with the package, what tests need, the peers and
 
 quickstart: $(VENV)/.package  ## fine-tune the embedded model: audit, training, before and after
 	@$(VENV)/bin/python -m experiments.train --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+DATA ?= data/sst2
+benchmark: $(VENV)/.all  ## ours and PEFT side by side on CPU (DATA=DIR/sst2); an hour or more on a quiet machine
+	$(VENV)/bin/python -m experiments.benchmark --suite=cpu --data=$(DATA)
 
 lint: $(VENV)/.all  ## ruff and mypy
 	$(VENV)/bin/ruff format --check .

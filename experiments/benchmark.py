@@ -9,6 +9,7 @@ measured again; `--rows=` (none) only writes the table anew. docs/benchmarks.md 
 """
 
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -45,7 +46,14 @@ def main() -> None:
     bench = running.Bench(
         rows, _machine(out), out / f"{SUITE.value}{'-toy' * TOY.value}.csv", REPEATS.value, SIDES.value, plan
     )
-    bench.run(chosen)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no process is left behind
+    try:
+        bench.run(chosen)
+    except KeyboardInterrupt:
+        print(f"stopped; {bench.csv} has what was measured, and --rows= with the same --out writes its table")
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     said, lines = bench.said(), bench.table()
     print(f"\n{table.text(lines)}\n\n" + "\n".join(said))
     content = table.markdown(lines, said)

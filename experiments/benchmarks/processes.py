@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -119,12 +120,12 @@ def _timed(argv: list[str], env: dict[str, str], out: Any, machine: Machine) -> 
         )
     finally:
         os.sched_setaffinity(0, cores)
-    late = threading.Timer(60 * machine.minutes, lambda: os.killpg(process.pid, 9))
+    late = threading.Timer(60 * machine.minutes, lambda: os.killpg(process.pid, signal.SIGKILL))
     late.start()
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
-        os.killpg(process.pid, 9)
+        os.killpg(process.pid, signal.SIGKILL)
         raise
     finally:
         late.cancel()
