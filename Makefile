@@ -47,7 +47,7 @@ quickstart: $(VENV)/.package  ## fine-tune the embedded model: audit, training, 
 	@$(VENV)/bin/python -m experiments.train --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 DATA ?= data/sst2
-benchmark: $(VENV)/.all  ## ours and PEFT side by side on CPU (DATA=DIR/sst2); an hour or more on a quiet machine
+benchmark: $(VENV)/.all  ## ours and PEFT side by side on CPU (DATA=DIR/sst2); takes long, wants a quiet machine
 	$(VENV)/bin/python -m experiments.benchmark --suite=cpu --data=$(DATA)
 
 lint: $(VENV)/.all  ## ruff and mypy
