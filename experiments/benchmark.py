@@ -3,9 +3,10 @@
 python -m experiments.benchmark --suite=cpu [--rows=step,sst2] [--repeats=3] [--out=runs/benchmark] [--toy]
     [--data=DIR/sst2] [--peer_arms=6] [--docs=docs/benchmarks.md]
 
-Every side is a process of its own; they take turns (A B A B), with the same cores and the same environment. --out gets
-SUITE.csv, a line for each number, and SUITE.md, the table. Rows that the CSV has from earlier stay unless they are
-measured again; `--rows=` (none) only writes the table anew. docs/benchmarks.md has the method.
+Every side is a process of its own; they take turns (A B A B), with the same cores and the same environment
+(--nohuge_pages is for all of them, the peers too). --out gets SUITE.csv, a line for each number, and SUITE.md, the table.
+Rows that the CSV has from earlier stay unless they are measured again; `--rows=` (none) only writes the table anew.
+docs/benchmarks.md has the method.
 """
 
 import os
@@ -30,7 +31,6 @@ TOY = flags.DEFINE_bool("toy", False, "Tiny sizes, on CPU: everything runs, no n
 DATA = flags.DEFINE_string("data", None, "Directory of sst2's train/dev/test.jsonl; $LORA_JAX_DATA/sst2 unless told.")
 PEER_ARMS = flags.DEFINE_integer("peer_arms", 0, "Arms of the grid that the peer trains; 0 = all, else extrapolated.")
 THREADS = flags.DEFINE_integer("threads", 0, "Cores and threads of every side; 0 = all that there are.")
-HUGE_PAGES = flags.DEFINE_bool("huge_pages", True, "Huge pages for every side, the peers' too.")
 MINUTES = flags.DEFINE_float("minutes", 60, "After so long a process is stopped and counts as failed.")
 DOCS = flags.DEFINE_string("docs", None, "A page that the table is written into, between its two markers.")
 
@@ -69,7 +69,7 @@ def _machine(out: Path) -> Machine:
     available = len(os.sched_getaffinity(0))
     gpu = SUITE.value == "gpu" and not TOY.value
     cache = out.resolve() / "work" / "toy" / "cache" if TOY.value else None
-    return Machine(THREADS.value or available, HUGE_PAGES.value, gpu, MINUTES.value, cache)
+    return Machine(THREADS.value or available, flags.FLAGS.huge_pages, gpu, MINUTES.value, cache)
 
 
 def _check() -> None:

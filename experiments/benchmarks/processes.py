@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments import environment
 from experiments.benchmarks.row import ROOT, Side
 
 ABSENT = 77  # the exit code of a side that lacks something here, such as torch with CUDA
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # without them a fifth of a step of XLA on CPU is page faults
 
 
 class Machine(NamedTuple):
@@ -67,7 +67,7 @@ def run(side: Side, repeat: int, folder: Path, machine: Machine) -> Ended:
     cache = machine.cache or (folder / "cache" if side.warm else scratch / "cache")
     result, log = scratch / "result.json", scratch / "log"
     argv = [part.replace("{scratch}", str(scratch)).replace("{repeat}", str(repeat)) for part in side.argv]
-    env = environment(machine, cache, result)
+    env = variables(machine, cache, result)
     load = os.getloadavg()[0]
     with open(log, "wb") as out:
         code, wall, peak = _timed(argv, env, out, machine)
@@ -81,17 +81,15 @@ def run(side: Side, repeat: int, folder: Path, machine: Machine) -> Ended:
     return Ended({"wall_seconds": wall, "max_rss_bytes": peak, "load_average": load, **values})
 
 
-def environment(machine: Machine, cache: Path, result: Path) -> dict[str, str]:
-    """The variables of a process."""
+def variables(machine: Machine, cache: Path, result: Path) -> dict[str, str]:
+    """The environment of a process."""
     env = {**os.environ, "BENCHMARK_SPAWNED": repr(time.time()), "BENCHMARK_RESULT": str(result)}
     env |= {name: str(machine.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC")}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
     env |= {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
     env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
     env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    env.pop("GLIBC_TUNABLES", None)
-    if machine.huge_pages:
-        env["GLIBC_TUNABLES"] = HUGE_PAGES
+    env[environment.TUNABLES] = f"{environment.SETTING}={int(machine.huge_pages)}"  # our commands leave it as it is
     env["BENCHMARK_ACCELERATOR"] = str(int(machine.accelerator))
     if not machine.accelerator:
         env |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
