@@ -5,7 +5,7 @@ python -m experiments.benchmark --suite=cpu [--rows=step,sst2] [--repeats=3] [--
 
 Every side is a process of its own; they take turns (A B A B), with the same cores and the same environment
 (--nohuge_pages is for all of them, the peers too). --out gets SUITE.csv, a line for each number, and SUITE.md, the
-table. Rows that the CSV has from earlier stay unless they are measured again; `--rows=` (none) only writes the table anew.
+table. Rows that the CSV has from earlier stay unless they are measured again; `--rows=` (none) only writes the table.
 docs/benchmarks.md has the method.
 """
 

@@ -80,6 +80,7 @@ def test_arms_that_the_peer_trains():
     assert "extrapolated" not in module("grid").row(PLANS["real"]).claims[0].what
 
 
+@pytest.mark.slow
 def test_micro_batches_are_as_few_as_memory_takes():
     settings = {"model": llama.TOY, "batch": 2, "length": 8, "rank": 2, "dtype": "float32"}
     assert gpu_step.micro_batches(settings, limit=math.inf) == 1
@@ -129,3 +130,9 @@ def test_a_whole_suite_at_toy_size(suite, tmp_path, capsys):
     ended = commands.command(capsys, "benchmark", f"--suite={suite}", "--toy", "--repeats=1", f"--out={tmp_path}")
     assert ended.code == 0, ended.err
     assert "FAILED" not in ended.out and "not measured" not in ended.out
+
+
+def test_packed_arms_run():
+    """In this process: the one row that builds on inner parts of the package."""
+    own = next(s for s in module("gpu_packed").row(PLANS["toy"]).sides if s.name == "arms_2")
+    assert module("gpu_packed").ours(dict(own.settings))["tokens_per_second"] > 0

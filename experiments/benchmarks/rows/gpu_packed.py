@@ -38,7 +38,7 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     own = TrainSettings(steps=1000, learning_rate=llama.RATE, schedule="constant", clip_norm=0.0)
     pack = Pack(work.adapter, starts, [own] * arms, own.steps)
     program = make_program(pack, work.base.apply, work.adapter, work.task, own, own.steps)
-    states, hyper, batches = [pack.state(program, 0)], pack.hyper(), llama.placed(work)
+    states, hyper, batches = [pack.state(program)], pack.hyper(), llama.placed(work)
     variables = jax.device_put(work.base.variables, jax.devices()[0])
 
     def turn(i: int) -> Any:
