@@ -166,7 +166,7 @@ class Attention(nn.Module):
 
         k, v = heads("key").transpose(0, 2, 1, 3), heads("value").transpose(0, 2, 1, 3)
         dropout = nn.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic)
-        out = nn.Dense(width, name="output")(layers.attend(heads("query"), k, v, mask, dropout, beside))
+        out = nn.Dense(width, name="output")(layers.attend(heads("query"), k, v, mask, layers.active(dropout), beside))
         out = nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(out)
         return layers.LayerNorm(c.layer_norm_eps, name="output_norm")(x_BxTxD + out)
 

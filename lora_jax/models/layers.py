@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from lora_jax.errors import UserError, did_you_mean
 from lora_jax.models.virtual_tokens import Beside
 
+LONG = 512  # queries; beyond, attention goes over them in chunks
+CHUNK = 256
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_new": lambda x: nn.gelu(x, approximate=True),
@@ -121,7 +124,7 @@ def attend(
       q_BxTxHxD: queries.
       k_BxKxSxD, v_BxKxSxD: keys and values, heads before time (the layout of the cache).
       mask_BxTxS: bool, True = visible; None = all. A query that sees nothing gets a mean of all values, never NaN.
-      dropout: applied to the probabilities (B, K, G, T, S), or (B, K, G, T, N + S) with `beside`.
+      dropout: applied to the probabilities (B, K, G, T, S), or (B, K, G, T, N + S) with `beside`. None drops nothing.
       beside: keys and values of N virtual tokens; they come first. The result is that of concatenated keys and values,
         but neither these nor a cache are copied.
 
@@ -129,6 +132,8 @@ def attend(
       (B, T, H * D), q's dtype. Logits and softmax are float32.
     """
     b, t, h, d = q_BxTxHxD.shape
+    if t > LONG and dropout is None and beside is None:
+        return _in_chunks(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_BxTxS)
     kv = k_BxKxSxD.shape[1]
     q = q_BxTxHxD.reshape(b, t, kv, h // kv, d)
     logits = jnp.einsum("btkgd,bksd->bkgts", q, k_BxKxSxD, preferred_element_type=jnp.float32) * d**-0.5
@@ -145,6 +150,30 @@ def attend(
     n = beside.values_KxNxD.shape[1]
     out = jnp.einsum("bkgtn,knd->btkgd", probs[..., :n], beside.values_KxNxD.astype(probs.dtype))
     return (out + jnp.einsum("bkgts,bksd->btkgd", probs[..., n:], v_BxKxSxD)).reshape(b, t, h * d)
+
+
+def _in_chunks(q_BxTxHxD: jax.Array, k: jax.Array, v: jax.Array, mask_BxTxS: jax.Array | None) -> jax.Array:
+    """`attend` over chunks of queries. The backward pass computes the scores of a chunk again: none are stored.
+
+    Memory for scores is that of one chunk, where all of them take T * S for every head and layer (Rabe and Staats 2021,
+    arXiv 2112.05682, who cut up the keys as well). It costs one product of queries and keys more, a sixth of
+    attention's own FLOPs.
+    """
+    b, t, h, d = q_BxTxHxD.shape
+    cut = -(-t // CHUNK)
+    fill = ((0, 0), (0, cut * CHUNK - t))
+    q = jnp.pad(q_BxTxHxD, (*fill, (0, 0), (0, 0))).reshape(b, cut, CHUNK, h, d).swapaxes(0, 1)
+    mask = None
+    if mask_BxTxS is not None:
+        mask = jnp.pad(mask_BxTxS, (*fill, (0, 0)), constant_values=True)
+        mask = mask.reshape(mask.shape[0], cut, CHUNK, -1).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(lambda one: attend(one[0], k, v, one[1])), (q, mask))
+    return out.swapaxes(0, 1).reshape(b, cut * CHUNK, h * d)[:, :t]
+
+
+def active(dropout: nn.Dropout) -> nn.Dropout | None:
+    """A dropout, or None where it drops nothing, for who can then do better."""
+    return None if dropout.deterministic or dropout.rate == 0 else dropout
 
 
 def _masked(logits_BxKxGxTxS: jax.Array, mask_BxTxS: jax.Array | None) -> jax.Array:

@@ -1,10 +1,17 @@
 """The shared layers by themselves: precision in bfloat16, grouped attention, rows that see nothing."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lora_jax as lj
 from lora_jax.models import layers
+
+SMALL = {
+    "model_type": "llama", "vocab_size": 12, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 8,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("norm", [layers.RMSNorm(1e-6), layers.LayerNorm(1e-12)], ids=["rms", "layer"])
@@ -45,3 +52,48 @@ def test_attention_probabilities_are_computed_in_float32():
     layers.attend(jnp.zeros((1, 1, 1, 4), jnp.bfloat16), k, v, None, dropout=lambda p: probs.append(p) or p)
     assert probs[0].dtype == jnp.bfloat16
     assert float(probs[0][0, 0, 0, 0, 0]) == float(jnp.bfloat16(1 / 1023))
+
+
+def plain(monkeypatch, *arrays):
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "LONG", 10**6)
+        return layers.attend(*arrays)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_in_chunks_is_attention(monkeypatch, masked):
+    monkeypatch.setattr(layers, "LONG", 4)
+    monkeypatch.setattr(layers, "CHUNK", 3)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 7, 6, 4), (2, 2, 7, 4), (2, 2, 7, 4)))
+    mask = jnp.asarray(rng.random((2, 7, 7)) < 0.7) if masked else None
+    np.testing.assert_allclose(layers.attend(q, k, v, mask), plain(monkeypatch, q, k, v, mask), atol=1e-6)
+    loss = lambda attend: lambda *x: jnp.sum(jnp.sin(attend(*x, mask)))  # noqa: E731
+    found = jax.grad(loss(layers.attend), (0, 1, 2))(q, k, v)
+    expected = jax.grad(loss(lambda *x: plain(monkeypatch, *x)), (0, 1, 2))(q, k, v)
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_long_attention_stores_no_scores():
+    """Twice as long: what grows with the square would take four times the memory."""
+
+    def temporaries(length):
+        q, k = jnp.zeros((1, length, 4, 8)), jnp.zeros((1, 4, length, 8))
+        step = jax.jit(jax.grad(lambda q, k, v: jnp.sum(layers.attend(q, k, v, None)), (0, 1, 2)))
+        return step.lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2048) < 2.5 * temporaries(1024)
+
+
+def test_an_adapted_model_attends_in_chunks(monkeypatch):
+    base, tokens = lj.from_config(SMALL), jnp.arange(12).reshape(2, 6)
+    adapter = lj.lora(rank=2)
+    delta = jax.tree.map(lambda x: x + 0.1, adapter.init(jax.random.key(0), base.variables, base.sites))
+    loss = lambda d: jnp.sum(jnp.sin(lj.lift(base.apply)(adapter.bind(base.variables, d), tokens)))  # noqa: E731
+    expected = jax.value_and_grad(loss)(delta)
+    monkeypatch.setattr(layers, "LONG", 4)
+    monkeypatch.setattr(layers, "CHUNK", 4)
+    assert "scan" in str(jax.make_jaxpr(base.apply)(base.variables, tokens)), "the model took the other path"
+    found = jax.value_and_grad(loss)(delta)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
