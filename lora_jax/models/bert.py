@@ -151,35 +151,39 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with its output product, residual and norm."""
+    """Self-attention with its output product, residual and norm; of all slots, or of those that are asked for."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, x_BxTxD, mask, deterministic: bool, beside: Beside | None = None):
+    def __call__(self, x_BxTxD, mask, deterministic: bool, beside: Beside | None = None, at_BxS=None):
         c = self.config
-        b, t, width = x_BxTxD.shape
-        count = c.num_attention_heads
+        width, count = x_BxTxD.shape[-1], c.num_attention_heads
 
-        def heads(name: str):
-            return nn.Dense(width, name=name)(x_BxTxD).reshape(b, t, count, width // count)
+        def heads(name: str, x):
+            return nn.Dense(width, name=name)(x).reshape(*x.shape[:2], count, width // count)
 
-        k, v = heads("key").transpose(0, 2, 1, 3), heads("value").transpose(0, 2, 1, 3)
-        dropout = nn.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic)
-        out = nn.Dense(width, name="output")(layers.attend(heads("query"), k, v, mask, layers.active(dropout), beside))
+        k, v = (heads(name, x_BxTxD).transpose(0, 2, 1, 3) for name in ("key", "value"))
+        asking = x_BxTxD
+        if at_BxS is not None:
+            asking, mask = layers.take(x_BxTxD, at_BxS), layers.take_queries(mask, at_BxS)
+            beside = beside and beside._replace(mask_BxTxN=layers.take_queries(beside.mask_BxTxN, at_BxS))
+        dropout = layers.active(nn.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic))
+        out = layers.attend(heads("query", asking), k, v, mask, dropout, beside)
+        out = nn.Dense(width, name="output")(out)
         out = nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(out)
-        return layers.LayerNorm(c.layer_norm_eps, name="output_norm")(x_BxTxD + out)
+        return layers.LayerNorm(c.layer_norm_eps, name="output_norm")(asking + out)
 
 
 class Block(nn.Module):
-    """One encoder layer."""
+    """One encoder layer; with `at` (B, S) its output at these slots alone."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, x, mask, deterministic: bool, beside: Beside | None = None):
+    def __call__(self, x, mask, deterministic: bool, beside: Beside | None = None, at=None):
         c = self.config
-        x = Attention(c, name="attention")(x, mask, deterministic, beside)
+        x = Attention(c, name="attention")(x, mask, deterministic, beside, at)
         h = layers.ACTIVATIONS[c.hidden_act](nn.Dense(c.intermediate_size, name="intermediate")(x))
         h = nn.Dense(c.hidden_size, name="output")(h)
         h = nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(h)
@@ -187,14 +191,15 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers."""
+    """The stack of layers. Nobody looks at the last one beside the slots `at`, so it computes no others."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, x, mask, deterministic: bool, prefix: Mapping[int, Beside]):
-        for i in range(self.config.num_hidden_layers):
-            x = Block(self.config, name=f"layer_{i}")(x, mask, deterministic, prefix.get(i))
+    def __call__(self, x, mask, deterministic: bool, prefix: Mapping[int, Beside], at=None):
+        last = self.config.num_hidden_layers - 1
+        for i in range(last + 1):
+            x = Block(self.config, name=f"layer_{i}")(x, mask, deterministic, prefix.get(i), at if i == last else None)
         return x
 
 
@@ -230,12 +235,15 @@ class Model(nn.Module):
         x = Embeddings(c, name="embeddings")(tokens, types, positions, deterministic, virtual.prompt_NxD)
         slots = jnp.arange(x.shape[1], dtype=jnp.int32)
         mask = layers.visible(slots, slots, key_mask_BxS=attention_mask, segments_BxT=segment_ids)
-        x = Encoder(c, name="encoder")(x, mask, deterministic, virtual.prefix)
+        encoder = Encoder(c, name="encoder")
         if output == "hidden" or c.num_labels is None:
-            return x[:, before:] if before else x
-        if before and pool_at is not None:
-            pool_at = jnp.where(pool_at == 0, 0, pool_at + before)
-        pooled = x[:, 0] if pool_at is None else layers.take(x, pool_at)
+            return encoder(x, mask, deterministic, virtual.prefix)[:, before:]
+        at = jnp.zeros((x.shape[0], 1), jnp.int32) if pool_at is None else pool_at
+        if before:
+            at = jnp.where(at == 0, 0, at + before)
+        pooled = encoder(x, mask, deterministic, virtual.prefix, at)
+        if pool_at is None:
+            pooled = pooled[:, 0]
         pooled = jnp.tanh(nn.Dense(c.hidden_size, name="pooler")(pooled))
         rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
         pooled = nn.Dropout(rate, deterministic=deterministic)(pooled)

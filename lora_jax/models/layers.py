@@ -200,3 +200,11 @@ def last_real(mask_BxT: jax.Array) -> jax.Array:
 def take(hidden_BxTxD: jax.Array, at_BxS: jax.Array) -> jax.Array:
     """Hidden states at chosen slots: (B, S, D)."""
     return jnp.take_along_axis(hidden_BxTxD, at_BxS[:, :, None], axis=1)
+
+
+def take_queries(mask_BxTxS: jax.Array | None, at_BxQ: jax.Array) -> jax.Array | None:
+    """What the queries at chosen slots see: (B, Q, S), of a mask as `visible` makes it."""
+    if mask_BxTxS is None or mask_BxTxS.shape[1] == 1:
+        return mask_BxTxS
+    rows = jnp.broadcast_to(mask_BxTxS, (at_BxQ.shape[0], *mask_BxTxS.shape[1:]))
+    return jnp.take_along_axis(rows, at_BxQ[:, :, None], axis=1)

@@ -119,3 +119,15 @@ def test_calls_that_make_no_sense(base):
 
 def test_config_round_trip(base):
     assert type(base.config).from_hf(base.config.to_hf()) == dataclasses.replace(base.config, num_labels=None)
+
+
+def test_a_classifier_computes_its_last_layer_at_the_pooled_slots_alone(base):
+    """Queries, output and the feed-forward part are left out at every other slot; keys and values are not."""
+    tokens = np.arange(24).reshape(2, 12) % 10
+
+    def cost(**options):
+        compiled = jax.jit(lambda v: base.apply(v, tokens, **options)).lower(base.variables).compile()
+        return compiled.cost_analysis()["flops"]
+
+    depth = base.config.num_hidden_layers
+    assert cost() < (1 - 0.5 / depth) * cost(output="hidden")
