@@ -20,15 +20,12 @@ SUITE = "gpu"
 def row(plan: Plan) -> Row:
     counts = (1, 2) if plan.toy else (1, 4, 16, 32)
     given = {**gpu_step.settings(plan), "batch": 1, "length": 8 if plan.toy else 512}
-    if plan.toy:  # XLA on CPU has no product of bfloat16 with a batch axis and a float32 result
-        given["dtype"] = "float32"
     packs = tuple(our_side("gpu_packed", {**given, "arms": n}, f"arms_{n}") for n in counts)
     rate = "tokens_per_second"
     claims = [Claim(f"{n} packed arms over one lone run after the other", rate, f"arms_{n}", "alone") for n in counts]
     claims += [Claim(f"peak memory of {n}, of a lone run's", "device_peak_bytes", f"arms_{n}", "alone", "share")
                for n in counts]  # fmt: skip
-    notes = ("gpu_packed: in float32, since XLA on CPU has no batched bfloat16 product",) if plan.toy else ()
-    return Row((our_side("step", given, "alone"), *packs), tuple(claims), notes)
+    return Row((our_side("step", given, "alone"), *packs), tuple(claims))
 
 
 def ours(settings: dict[str, Any]) -> dict[str, float]:
