@@ -5,6 +5,7 @@ frozen dataclasses. Below this file nobody sees a `ConfigDict`, and nobody check
 """
 
 import functools
+import types
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -109,12 +110,19 @@ def default() -> ConfigDict:
 
 
 @functools.cache
-def fields() -> dict[str, type]:
+@functools.cache
+def fields() -> Mapping[str, type]:
     """`{dotted name: type}` of every field; `object` where several types will do, `ConfigDict` for a free section."""
     cfg = default()
-    return {
+    found = {
         path: (cfg[path.split(".")[0]] if "." in path else cfg).get_type(path.split(".")[-1]) for path, _ in _flat(cfg)
     }
+    return types.MappingProxyType(found)
+
+
+@functools.cache
+def _unset() -> frozenset[str]:
+    return frozenset(path for path, value in _flat(default()) if value is None)
 
 
 def resolve(cfg: ConfigDict, overrides: Collection[str] = ()) -> Config:
@@ -244,8 +252,7 @@ def _check_type(path: str, value: Any) -> None:
     if path not in fields():
         raise UserError(unknown_field(path))
     expected: Any = fields()[path]
-    unset = dict(_flat(default()))[path] is None
-    if expected is object or (value is None and unset):
+    if expected is object or (value is None and path in _unset()):
         return
     accepted = {float: (int, float), ConfigDict: (ConfigDict, dict)}.get(expected, expected)
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
