@@ -59,7 +59,7 @@ def lines(folder, split="train"):
     return [r["loss"] for r in records.read_jsonl(folder / "metrics.jsonl") if r["split"] == split]
 
 
-SLOW = ("loha", "ia3", "lora with dropout", "bottleneck", "vera")
+SLOW = ("dora", "loha", "ia3", "lora with dropout", "bottleneck", "vera")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * k.startswith(SLOW)) for k in ALIKE])
