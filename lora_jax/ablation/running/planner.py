@@ -89,17 +89,24 @@ def apart(arm: Arm, shape: Shape) -> str:
     single = given in (1, "1") or (isinstance(given, (list, tuple)) and len(given) == 1)
     single = single or (train.share_rows and not shape.adapter.own_rows)
     if not (single and masks_keep()) and shape.random(arm):
-        return "the arms draw dropout and a seed's batches have lengths of their own (train.share_rows gives them one)"
+        return (
+            "they draw dropout and a seed's batches have lengths of their own (train.share_rows gives them one, "
+            "except where the method needs rows of its own)"
+        )
     return ""
 
 
 def reasons(arms: Sequence[Arm], shapes: Callable[[Arm], Shape]) -> list[str]:
-    """Why arms that differ in nothing but their seed train apart, each reason once."""
+    """Why arms that differ in nothing but their seed train apart, each reason once, with how many arms it is about."""
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
         groups.setdefault(_common(arm), []).append(arm)
     several = [g for g in groups.values() if packable(g[0]) and len({arm.config.seed for arm in g}) > 1]
-    return list(dict.fromkeys(why for group in several if (why := apart(group[0], shapes(group[0])))))
+    found: dict[str, int] = {}
+    for group in several:
+        if why := apart(group[0], shapes(group[0])):
+            found[why] = found.get(why, 0) + len(group)
+    return [f"seeds train apart in {count} of {len(arms)} arms: {why}" for why, count in found.items()]
 
 
 def packable(arm: Arm) -> bool:

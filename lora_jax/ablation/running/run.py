@@ -69,7 +69,7 @@ def run(
         todo = unfinished(good, packs, workdir, most)
         board.begin(todo)
         for why in planner.reasons(good, known) if todo and most > 1 else ():
-            board.say(f"seeds train apart: {why}")
+            board.say(why)
         if todo:
             (launch or launchers.make("local"))(todo, workdir, board)
         rows = board.write()

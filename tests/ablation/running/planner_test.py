@@ -76,6 +76,7 @@ def test_seeds_train_apart_where_an_arm_would_not_be_the_run_alone():
         assert [len(p) for p in packs(seeds, **changes)] == ([1, 1] if apart else [2]), changes
         why = planner.reasons(ARMS[-1], SHAPES)
         assert len(why) == bool(apart) and apart in "".join(why)
+        assert not why or why[0].startswith("seeds train apart in 2 of 2 arms: ")
 
 
 def test_memory_and_the_flag_bound_a_pack():
