@@ -5,8 +5,8 @@
 | `adapter.rank`, `train.learning_rate` | the metric against it, a line per value of the other axes, at most 7 |
 | two of layers, targets, rank (the first two of these); a learning rate with too many lines | a heat map |
 | one axis without an order; or every choice at its best learning rate | a dot and interval each |
-| trainable parameters | the Pareto front |
-| anything | learning curves |
+| trainable parameters, by a tenth or more | the Pareto front |
+| anything | learning curves: the metric on dev, or the training loss where dev was looked at once |
 
 Where more axes vary than a figure can tell apart, there is one figure per value of those axes.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax import records
 from lora_jax.ablation import results
 from lora_jax.ablation.comparing import axes, groups, search
 from lora_jax.ablation.comparing.groups import Group
@@ -29,6 +30,7 @@ MAPS = ((TARGETS, LAYERS), (RANK, LAYERS), (RANK, TARGETS))
 MOST_LINES = len(figure.COLOURS)
 MOST_PANELS = 6
 MOST_DOTS = 40
+SAME_BUDGET = 1.1  # the largest over the smallest size; below, sizes were meant to be equal
 
 
 class Gallery:
@@ -131,7 +133,7 @@ class Gallery:
 
     def _pareto(self, rows: Sequence[Row]) -> None:
         sizes = {row.get("trainable_params") for row in rows if row.get("status") == "done"} - {None, 0}
-        if len(sizes) > 1:
+        if sizes and max(sizes) > SAME_BUDGET * min(sizes):
             few = [n for n in axes.varying(rows) if n not in (RANK, OVER) and axes.count(rows, [n]) <= MOST_LINES]
             by = [METHOD] if METHOD in axes.varying(rows) else few[:1]
             paint = lambda part, path: pareto.pareto(part, path, self.metric, by=by, better=self.better)  # noqa: E731
@@ -147,11 +149,15 @@ class Gallery:
             self.notes.append("no finished arm has runs/<arm>/metrics.jsonl: there are no learning curves")
             return
         by, over = apart(done, axes.free(done))
-        self._panels(
-            "learning_curves", done, over, lambda part, path: self._curves_of(part, path, by, f"dev.{name}", base)
-        )
+        shown = ("dev", name) if self._evaluations(done[0]) > 1 else ("train", "loss")
+        self._panels("learning_curves", done, over, lambda part, path: self._curves_of(part, path, by, shown, base))
 
-    def _curves_of(self, rows: list[Row], path: Path, by: Sequence[str], metric: str, base: Mapping[str, Any]) -> Plot:
+    def _evaluations(self, row: Row) -> int:
+        return sum(one["split"] == "dev" for one in records.read_jsonl(self._curve(row)))
+
+    def _curves_of(
+        self, rows: list[Row], path: Path, by: Sequence[str], shown: tuple[str, str], base: Mapping[str, Any]
+    ) -> Plot:
         lines = axes.split(rows, by)
         caption = ""
         if len(lines) > MOST_LINES:
@@ -160,8 +166,9 @@ class Gallery:
             lines = kept
         label = lambda row: ", ".join(axes.text(row.get(name)) for name in by)  # noqa: E731
         runs = [(label(row), row.get("seed"), self._curve(row)) for _, part in lines for row in part]
-        name = metric.partition(".")[2]
-        plot = plots.learning_curves(plots.read_curves(runs), path, name, key=figure.key(by) if len(lines) > 1 else "")
+        split, name = shown
+        key = figure.key(by) if len(lines) > 1 else ""
+        plot = plots.learning_curves(plots.read_curves(runs), path, name, split=split, key=key)
         return plot._replace(caption=plot.caption + caption)
 
     def _leading(self, lines: Sequence[tuple[str, list[Row]]], base: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:

@@ -4,6 +4,7 @@ import csv
 
 import pytest
 
+from lora_jax import records
 from lora_jax.ablation.comparing import groups, search
 from lora_jax.ablation.reporting import gallery
 from lora_jax.ablation.reporting.gallery import Gallery
@@ -129,3 +130,21 @@ def test_what_cannot_be_drawn_is_noted_and_the_rest_is_drawn(tmp_path):
     assert [p.png.name for p in made.plots][:2] == ["rank.png", "layers_by_rank.png"]
     assert all(p.png.exists() and list(csv.reader(p.csv.read_text().splitlines())) for p in made.plots)
     assert made.plots[0].caption.endswith(" Without 18 arms that failed.")
+
+
+def test_equal_budgets_have_no_front(drawn):
+    rows = worlds.rows(worlds.cells(adapter__targets=["q", "k", "v"], seed=[0, 1]), flat)
+    sized = lambda *sizes: [{**row, "trainable_params": sizes[i % len(sizes)]} for i, row in enumerate(rows)]  # noqa: E731
+    assert "pareto" not in drawn(sized(1000, 1090))[1]
+    assert "pareto" in drawn(sized(1000, 1110))[1]
+
+
+def test_where_dev_was_looked_at_once_the_training_loss_is_shown(drawn, tmp_path):
+    rows = worlds.rows(worlds.cells(adapter__rank=[4], seed=[0, 1]), flat)
+    assert drawn(rows, curves=True)[1]["learning_curves"][2]["split"] == "dev"
+    for row in rows:
+        lines = [{"step": s, "split": "train", "loss": 1 / s} for s in (1, 2)]
+        lines.append({"step": 2, "split": "dev", "accuracy": 0.8, "loss": 0.4})
+        records.write_jsonl(tmp_path / "runs" / row["arm"] / "metrics.jsonl", lines)
+    (name, shown, options) = drawn(rows)[1]["learning_curves"]
+    assert options["split"] == "train" and {row["split"] for row in shown} == {"train", "dev"}
