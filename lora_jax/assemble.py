@@ -90,7 +90,12 @@ def load_base(config: Config, num_labels: int | None = None) -> models.Base:
     model = config.model
     with jax.default_device(_host() if config.quant else None):
         base = models.load_pretrained(
-            model_path(config), dtype=model.dtype, num_labels=num_labels, dropout=model.dropout, seed=config.seed
+            model_path(config),
+            dtype=model.dtype,
+            num_labels=num_labels,
+            dropout=model.dropout,
+            seed=config.seed,
+            remat=model.remat,
         )
     return models.quantized(base, config.quant) if config.quant else base
 

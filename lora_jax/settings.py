@@ -39,6 +39,7 @@ class Model:
     path: str
     dtype: str
     dropout: float | None
+    remat: bool
 
     def __post_init__(self):
         known = ("float32", "bfloat16", "float16")

@@ -87,8 +87,19 @@ def make_train_step(
     """
     step = train_step(apply, adapter, task, tx, mask, accumulate=accumulate, dropout=dropout)
     if out_shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(out_shardings, None))
+        return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+    return jax.jit(step, donate_argnums=0, out_shardings=(out_shardings, None), compiler_options=compiler_options())
+
+
+def compiler_options() -> dict[str, Any] | None:
+    """What a training step is compiled with.
+
+    On a CPU XLA by default orders a program for many small operations side by side. It then computes again what remat
+    left out long before it is needed, and keeps it: the memory that remat saves would be used all the same.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def train_step(

@@ -120,7 +120,7 @@ def _batches(config: Config, task: Any, splits: Any, own_rows: bool) -> Batches:
 
 def _outline(config: Config, labels: Sequence[str] | None) -> Any:
     model = config.model
-    return models.outline(model_path(config), model.dtype, len(labels) if labels else None, model.dropout)
+    return models.outline(model_path(config), model.dtype, len(labels) if labels else None, model.dropout, model.remat)
 
 
 def _once(known: dict[str, Any], key: Sequence[Any], make: Callable[..., Any], *args: Any) -> Any:

@@ -230,8 +230,8 @@ def check_dtype(dtype: str) -> Any:
     return DTYPES[name]
 
 
-def configure(config: Any, num_labels: int | None, dropout: float | None) -> Any:
-    """The config with a task head's size and other dropout rates.
+def configure(config: Any, num_labels: int | None, dropout: float | None, remat: bool) -> Any:
+    """The config with a task head's size, other dropout rates, and whether activations are computed again.
 
     Raises:
       UserError: a number of labels below 1, or a rate outside [0, 1).
@@ -244,11 +244,17 @@ def configure(config: Any, num_labels: int | None, dropout: float | None) -> Any
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise UserError(f"dropout must be None (the checkpoint's own) or a rate in [0, 1), got {dropout!r}")
         config = config.with_dropout(float(dropout))
-    return config
+    return dataclasses.replace(config, remat=bool(remat))
 
 
 def from_config(
-    config: Any, seed: int = 0, num_labels: int | None = None, *, dtype: str = "float32", dropout: float | None = None
+    config: Any,
+    seed: int = 0,
+    num_labels: int | None = None,
+    *,
+    dtype: str = "float32",
+    dropout: float | None = None,
+    remat: bool = False,
 ) -> Base:
     """A model with random weights, for pretraining, tests and benchmarks.
 
@@ -258,6 +264,7 @@ def from_config(
       num_labels: classes of a task head, or None.
       dtype: 'float32', 'bfloat16' or 'float16'.
       dropout: replaces every dropout rate; None keeps the config's.
+      remat: compute what happens inside a layer again in the backward pass, and keep its input alone.
 
     Raises:
       UserError: an unknown model_type or key, an unsupported option.
@@ -266,7 +273,7 @@ def from_config(
     family = registry.get(raw.get("model_type"))
     options.known(raw, family.KEYS)
     config = family.Config.from_hf(raw) if isinstance(config, Mapping) else config
-    config = configure(config, num_labels, dropout)
+    config = configure(config, num_labels, dropout, remat)
     kind = check_dtype(dtype)
     flat = {p: jnp.asarray(fresh(p, s, config, seed), kind) for p, s in shapes(family, config).items()}
     return Base(

@@ -82,6 +82,7 @@ class Config:
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
     num_labels: int | None = None
+    remat: bool = False  # activations inside a layer are computed again in the backward pass
     model_type: str = "bert"
 
     @property
@@ -128,7 +129,7 @@ class Config:
     def to_hf(self) -> dict[str, Any]:
         """The dictionary of a config.json that `from_hf` reads back."""
         out = dataclasses.asdict(self)
-        del out["num_labels"]
+        del out["num_labels"], out["remat"]
         return out
 
 
@@ -198,8 +199,9 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x, mask, deterministic: bool, prefix: Mapping[int, Beside], at=None):
         last = self.config.num_hidden_layers - 1
+        block = nn.remat(Block, static_argnums=(3,)) if self.config.remat else Block
         for i in range(last + 1):
-            x = Block(self.config, name=f"layer_{i}")(x, mask, deterministic, prefix.get(i), at if i == last else None)
+            x = block(self.config, name=f"layer_{i}")(x, mask, deterministic, prefix.get(i), at if i == last else None)
         return x
 
 

@@ -32,6 +32,7 @@ def load_pretrained(
     num_labels: int | None = None,
     dropout: float | None = None,
     seed: int = 0,
+    remat: bool = False,
 ) -> Base:
     """Reads a model directory, or a hub id, in Hugging Face layout.
 
@@ -41,6 +42,8 @@ def load_pretrained(
       num_labels: classes of the task head; None: no head.
       dropout: replaces every dropout rate of the checkpoint; None keeps them.
       seed: of a fresh head.
+      remat: compute what happens inside a layer again in the backward pass, and keep its input alone: less memory, for
+        up to a forward pass more of work.
 
     Returns:
       The base.
@@ -49,40 +52,44 @@ def load_pretrained(
       UserError: no such directory, no config or weights in it, a damaged file, an unknown model_type, an option or a
         tensor that does not fit.
     """
-    folder, raw, family, config = _described(path, num_labels, dropout)
+    folder, raw, family, config = _described(path, num_labels, dropout, remat)
     kind = bases.check_dtype(dtype)
     flat, fresh = _read(folder, family, config, kind, seed)
     return _base(folder, raw, family, config, kind, flat, fresh)
 
 
 def outline(
-    path: str | os.PathLike, dtype: str = "float32", num_labels: int | None = None, dropout: float | None = None
+    path: str | os.PathLike,
+    dtype: str = "float32",
+    num_labels: int | None = None,
+    dropout: float | None = None,
+    remat: bool = False,
 ) -> Base:
     """A base as of `load_pretrained` with shapes (`jax.ShapeDtypeStruct`) in place of weights; reads config.json alone.
 
     For whatever only needs shapes: `sites`, an adapter's `init` and `apply` under `jax.eval_shape`.
 
     Args:
-      path, dtype, num_labels, dropout: as for `load_pretrained`.
+      path, dtype, num_labels, dropout, remat: as for `load_pretrained`.
 
     Raises:
       UserError: no such directory, no config in it, an unknown model_type or option.
     """
-    folder, raw, family, config = _described(path, num_labels, dropout)
+    folder, raw, family, config = _described(path, num_labels, dropout, remat)
     kind = bases.check_dtype(dtype)
     flat = {p: jax.ShapeDtypeStruct(shape, kind) for p, shape in bases.shapes(family, config).items()}
     return _base(folder, raw, family, config, kind, flat)
 
 
 def _described(
-    path: str | os.PathLike, num_labels: int | None, dropout: float | None
+    path: str | os.PathLike, num_labels: int | None, dropout: float | None, remat: bool
 ) -> tuple[Path, dict[str, Any], ModuleType, Any]:
     """(directory, config.json, family, its config)."""
     folder = files.find(path)
     raw = files.read_json(folder, files.CONFIG)
     try:
         family = registry.get(raw.get("model_type"))
-        config = bases.configure(family.Config.from_hf(raw), num_labels, dropout)
+        config = bases.configure(family.Config.from_hf(raw), num_labels, dropout, remat)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     return folder, raw, family, config

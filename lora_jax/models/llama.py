@@ -150,7 +150,8 @@ class Model(nn.Module):
             positions = positions + virtual.length
         angles = rotary.tables(c.rope, c.head_dim, positions)
         masks = {w: _mask(tokens, attention_mask, segment_ids, cache, start, w) for w in set(c.windows)}
-        blocks = [Block(c, name=f"layers_{i}") for i in range(c.num_hidden_layers)]
+        block = nn.remat(Block, static_argnums=(6,)) if c.remat else Block
+        blocks = [block(c, name=f"layers_{i}") for i in range(c.num_hidden_layers)]
         beside = {} if virtual is None else self._beside(blocks, virtual, positions, x.dtype, deterministic)
         stores = []
         for i, window in enumerate(c.windows):

@@ -49,6 +49,7 @@ class Config:
     pad_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     num_labels: int | None = None
+    remat: bool = False  # activations inside a layer are computed again in the backward pass
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "Config":

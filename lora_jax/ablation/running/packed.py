@@ -17,7 +17,7 @@ from lora_jax import evaluate, optim, trees
 from lora_jax.ablation.running.stack import Stacked, stack, unstack
 from lora_jax.adapters import Adapter
 from lora_jax.lift import lift
-from lora_jax.step import TrainState, train_step
+from lora_jax.step import TrainState, compiler_options, train_step
 from lora_jax.train_settings import TrainSettings
 
 
@@ -247,6 +247,6 @@ def make_program(
     over_arms = jax.vmap(train, in_axes=(axes, 0, None, None), out_axes=(axes, 0))
     return Program(
         start=jax.jit(jax.vmap(lambda trainable, hyper: optimizer(hyper).init(trainable))),
-        train=jax.jit(over_arms, donate_argnums=0),
+        train=jax.jit(over_arms, donate_argnums=0, compiler_options=compiler_options()),
         evaluate=jax.jit(jax.vmap(measure, in_axes=(None, (0, 0, None, 0), None))),
     )
