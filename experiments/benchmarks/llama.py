@@ -78,7 +78,7 @@ class Work(NamedTuple):
 
 def work(settings: dict[str, Any]) -> Work:
     """Makes the run that some settings describe: model, batch, length, rank, dtype, quant."""
-    base = lj.from_config(settings["model"], dtype=settings["dtype"])
+    base = lj.from_config(settings["model"], dtype=settings["dtype"], remat=settings.get("remat", False))
     base = quantized(base, settings["quant"]) if settings.get("quant") else base
     adapter = lj.lora(rank=settings["rank"], alpha=2 * settings["rank"], targets=LINEARS)
     task, batches = texts(base.config.vocab_size, settings["batch"], settings["length"])

@@ -81,10 +81,10 @@ def test_arms_that_the_peer_trains():
 
 
 @pytest.mark.slow
-def test_micro_batches_are_as_few_as_memory_takes():
+def test_remat_and_micro_batches_are_what_memory_takes():
     settings = {"model": llama.TOY, "batch": 2, "length": 8, "rank": 2, "dtype": "float32"}
-    assert gpu_step.micro_batches(settings, limit=math.inf) == 1
-    assert gpu_step.micro_batches(settings, limit=0) == 2
+    assert gpu_step.fitting(settings, limit=math.inf) == (False, 1)
+    assert gpu_step.fitting(settings, limit=0) == (True, 2)
 
 
 def test_the_command_measures_and_writes(tmp_path, capsys):
