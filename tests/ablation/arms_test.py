@@ -45,7 +45,8 @@ def test_every_field_that_is_computed_with_changes_every_id():
     base, defaults = set(ids(GRID)), dict(config._flat(config.default()))
     other = {
         "model.dtype": "bfloat16", "model.dropout": 0.2, "model.remat": True, "quant": "nf4",
-        "data.fields": {"text": "sentence"}, "data.limit": 7, "task.name": "language_modeling", "task.options": {"template": "{text}"},
+        "data.fields": {"text": "sentence"}, "data.limit": 7, "task.name": "language_modeling",
+        "task.options": {"template": "{text}"},
         "adapter.method": "dora", "adapter.alpha": 3, "adapter.targets": "q", "adapter.head": "none",
         "adapter.options": {"dropout": 0.1}, "train.epochs": 1.5, "train.warmup": 0.1, "train.schedule": "cosine",
         "train.learning_rate": 0.5,
