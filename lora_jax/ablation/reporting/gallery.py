@@ -132,7 +132,7 @@ class Gallery:
         self._panels(name, rows, [], lambda _, path: plots.dots(made, path, metric, base=base))
 
     def _pareto(self, rows: Sequence[Row]) -> None:
-        sizes = {row.get("trainable_params") for row in rows if row.get("status") == "done"} - {None, 0}
+        sizes = [row["trainable_params"] for row in rows if row.get("status") == "done" and row.get("trainable_params")]
         if sizes and max(sizes) > SAME_BUDGET * min(sizes):
             few = [n for n in axes.varying(rows) if n not in (RANK, OVER) and axes.count(rows, [n]) <= MOST_LINES]
             by = [METHOD] if METHOD in axes.varying(rows) else few[:1]
