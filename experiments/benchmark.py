@@ -26,7 +26,6 @@ SUITE = flags.DEFINE_string("suite", "cpu", "cpu or gpu.")
 ROWS = flags.DEFINE_list("rows", None, "Which rows; all of the suite unless told.")
 SIDES = flags.DEFINE_list("sides", None, "Which sides of them, such as ours; all unless told.")
 REPEATS = flags.DEFINE_integer("repeats", 3, "How often each side runs.")
-OUT = flags.DEFINE_string("out", "runs/benchmark", "The directory for the CSV and the table.")
 TOY = flags.DEFINE_bool("toy", False, "Tiny sizes, on CPU: everything runs, no number means anything.")
 DATA = flags.DEFINE_string("data", None, "Directory of sst2's train/dev/test.jsonl; $LORA_JAX_DATA/sst2 unless told.")
 PEER_ARMS = flags.DEFINE_integer("peer_arms", 0, "Arms of the grid that the peer trains; 0 = all, else extrapolated.")
@@ -38,7 +37,7 @@ DOCS = flags.DEFINE_string("docs", None, "A page that the table is written into,
 def main() -> None:
     _check()
     jax.config.update("jax_platforms", "cpu")  # this process only starts others, and must hold no accelerator
-    out = Path(OUT.value)
+    out = Path(launch.OUT.value or "runs/benchmark")
     out.mkdir(parents=True, exist_ok=True)
     chosen = names(SUITE.value) if ROWS.value is None else [row for row in ROWS.value if row]
     plan = running.plan(out, TOY.value, DATA.value, PEER_ARMS.value)

@@ -19,7 +19,6 @@ from lora_jax.errors import UserError, did_you_mean
 FORMATS = ("peft", "hf")
 FORMAT = flags.DEFINE_string("format", None, "peft: the adapter alone; hf: merged into the checkpoint.")
 VLLM = flags.DEFINE_bool("vllm_compatible", False, "peft: one rank, no scales; refuse what vLLM cannot serve.")
-OUT = flags.DEFINE_string("out", None, "The directory to write; must be empty or absent.")
 
 
 def main() -> None:
@@ -28,9 +27,9 @@ def main() -> None:
         raise UserError(f"--format={FORMAT.value or ''}: {did_you_mean(FORMAT.value or '', FORMATS)}")
     if VLLM.value and FORMAT.value != "peft":
         raise UserError("--vllm_compatible goes with --format=peft; a merged checkpoint needs no adapter support")
-    if not OUT.value:
+    if not launch.OUT.value:
         raise UserError("--out=DIR is needed: the directory to write")
-    out = Path(OUT.value)
+    out = Path(launch.OUT.value)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} is there already and not an empty directory; name another one")
     cfg = launch.config()

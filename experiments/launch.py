@@ -25,6 +25,7 @@ from lora_jax.errors import UserError, nearest
 from lora_jax.stopping import Diverged, Interrupted
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the run.")
+OUT = flags.DEFINE_string("out", None, "The directory that is written: of an export (empty or absent), of benchmarks.")
 flags.DEFINE_bool("huge_pages", True, "Ask for huge pages on a CPU; read in experiments/environment.py.")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 _FILE = re.compile(r"--?config(?:=(.*))?", re.DOTALL)

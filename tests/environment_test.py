@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +39,11 @@ def test_a_command_starts_again_once_with_huge_pages_and_its_arguments(tmp_path)
 def test_it_does_not_where_told(tmp_path, arguments, tunables):
     (end,) = run(tmp_path, *arguments, tunables=tunables)[1:]
     assert end.endswith(f" {list(arguments)} {tunables}")
+
+
+def test_no_two_commands_define_one_flag():
+    """They share a process in tests and in notebooks."""
+    names = [p.stem for p in (Path(environment.__file__).parent).glob("*.py")]
+    command = "\n".join(f"import experiments.{name}" for name in sorted(names))
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
