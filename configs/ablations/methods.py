@@ -9,7 +9,10 @@ so look at the metric against them too; where a method's best learning rate is a
 was too narrow for it.
 DIR/sst2 holds train/dev/test.jsonl with `text` and `label`.
 
-Result: not run yet.
+Result with 45 steps of 16 examples (experiments/results/methods; 76 minutes on 2 CPU cores): dev accuracy of
+oft 0.788, dora 0.77, lora 0.76, loha, layers, full and dynamic_rank 0.75, lokr 0.73, bottleneck 0.72, layernorm 0.70,
+ia3 0.69, bitfit 0.66, prefix 0.65, vera 0.64, head and adalora 0.63, prompt 0.57. So short a run asks who learns fast.
+3 seeds tell none of 16 from lora after correction; for 8 methods the best rate is at the edge of the search.
 """
 
 from configs import sst2_minilm
