@@ -35,9 +35,7 @@ def default() -> ConfigDict:
     cfg.model.path = ""  # directory or hub id in Hugging Face layout; '' is the embedded tiny decoder
     cfg.model.dtype = "float32"  # of the frozen base: float32, bfloat16 or float16
     cfg.model.dropout = placeholder(float)  # unset: the checkpoint's own
-    cfg.model.remat = (
-        False  # keep only each layer's input for the backward pass: less memory, up to a forward pass more
-    )
+    cfg.model.remat = False  # keep each layer's input alone for the backward pass: less memory, more work
 
     cfg.quant = ""  # number format of the frozen base, a file of lora_jax/quant: nf4 (QLoRA), fp4, int8, int4
 
@@ -112,7 +110,6 @@ def default() -> ConfigDict:
     return cfg
 
 
-@functools.cache
 @functools.cache
 def fields() -> Mapping[str, type]:
     """`{dotted name: type}` of every field; `object` where several types will do, `ConfigDict` for a free section."""

@@ -234,7 +234,7 @@ def configure(config: Any, num_labels: int | None, dropout: float | None, remat:
     """The config with a task head's size, other dropout rates, and whether activations are computed again.
 
     Raises:
-      UserError: a number of labels below 1, or a rate outside [0, 1).
+      UserError: a number of labels below 1, a rate outside [0, 1), or a remat that is no boolean.
     """
     if num_labels is not None:
         if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1:
@@ -244,7 +244,9 @@ def configure(config: Any, num_labels: int | None, dropout: float | None, remat:
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise UserError(f"dropout must be None (the checkpoint's own) or a rate in [0, 1), got {dropout!r}")
         config = config.with_dropout(float(dropout))
-    return dataclasses.replace(config, remat=bool(remat))
+    if not isinstance(remat, bool):
+        raise UserError(f"remat must be True or False, got {remat!r}")
+    return dataclasses.replace(config, remat=remat)
 
 
 def from_config(

@@ -90,7 +90,7 @@ def visible(
       window: with `causal`, a query sees the last `window` keys, itself included.
 
     Returns:
-      (B or 1, T, S) bool, or None if everything is visible.
+      (B or 1, T or 1, S) bool, or None if everything is visible.
     """
     parts = []
     ahead_TxS = query_slots_T[:, None] - key_slots_S[None, :]
@@ -123,7 +123,7 @@ def attend(
     Args:
       q_BxTxHxD: queries.
       k_BxKxSxD, v_BxKxSxD: keys and values, heads before time (the layout of the cache).
-      mask_BxTxS: bool, True = visible; None = all. A query that sees nothing gets a mean of all values, never NaN.
+      mask_BxTxS: as of `visible`. A query that sees nothing gets a mean of all values, never NaN.
       dropout: applied to the probabilities (B, K, G, T, S), or (B, K, G, T, N + S) with `beside`. None drops nothing.
       beside: keys and values of N virtual tokens; they come first. The result is that of concatenated keys and values,
         but neither these nor a cache are copied.
@@ -163,11 +163,14 @@ def _in_chunks(q_BxTxHxD: jax.Array, k: jax.Array, v: jax.Array, mask_BxTxS: jax
     cut = -(-t // CHUNK)
     fill = ((0, 0), (0, cut * CHUNK - t))
     q = jnp.pad(q_BxTxHxD, (*fill, (0, 0), (0, 0))).reshape(b, cut, CHUNK, h, d).swapaxes(0, 1)
-    mask = None
-    if mask_BxTxS is not None:
-        mask = jnp.pad(mask_BxTxS, (*fill, (0, 0)), constant_values=True)
+    mask, alike = mask_BxTxS, None
+    if mask is not None and mask.shape[1] == 1:  # padding alone: all queries see the same keys
+        mask, alike = None, mask
+    if mask is not None:
+        mask = jnp.pad(mask, (*fill, (0, 0)), constant_values=True)
         mask = mask.reshape(mask.shape[0], cut, CHUNK, -1).swapaxes(0, 1)
-    out = jax.lax.map(jax.checkpoint(lambda one: attend(one[0], k, v, one[1])), (q, mask))
+    one = lambda q, mask: attend(q, k, v, alike if mask is None else mask)  # noqa: E731
+    out = jax.lax.map(lambda xs: jax.checkpoint(one)(*xs), (q, mask))
     return out.swapaxes(0, 1).reshape(b, cut * CHUNK, h * d)[:, :t]
 
 

@@ -61,13 +61,13 @@ def plain(monkeypatch, *arrays):
         return layers.attend(*arrays)
 
 
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("masked", [None, (2, 7, 7), (1, 7, 7), (2, 1, 7)], ids=str)
 def test_attention_in_chunks_is_attention(monkeypatch, masked):
     monkeypatch.setattr(layers, "LONG", 4)
     monkeypatch.setattr(layers, "CHUNK", 3)
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 7, 6, 4), (2, 2, 7, 4), (2, 2, 7, 4)))
-    mask = jnp.asarray(rng.random((2, 7, 7)) < 0.7) if masked else None
+    mask = jnp.asarray(rng.random(masked) < 0.7) if masked else None
     np.testing.assert_allclose(layers.attend(q, k, v, mask), plain(monkeypatch, q, k, v, mask), atol=1e-6)
     loss = lambda attend: lambda *x: jnp.sum(jnp.sin(attend(*x, mask)))  # noqa: E731
     found = jax.grad(loss(layers.attend), (0, 1, 2))(q, k, v)
