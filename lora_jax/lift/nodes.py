@@ -24,7 +24,7 @@ def dense(weight: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRankWeight(AdaptedWeight):
-    """`base + a b`, never formed in a product.
+    """`base + a b`. A product takes it factored, or merged where that costs less; its dense gradient is never formed.
 
     Attributes:
       key: (*batch,) random keys; dropout is on while they are there.
@@ -43,9 +43,14 @@ class LowRankWeight(AdaptedWeight):
         """
         raise NotImplementedError
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is on."""
+        return self.key is not None and self.dropout > 0.0
+
     def dropped(self, x: jax.Array) -> jax.Array:
         """The activation as the first factor sees it: with dropout on while a key is bound (PEFT's `lora_dropout`)."""
-        if self.key is None or self.dropout == 0.0:
+        if not self.drops:
             return x
         keep = 1.0 - self.dropout
         kept = jax.random.bernoulli(self.key.reshape(-1)[0], keep, x.shape)
@@ -63,6 +68,8 @@ class LowRankWeight(AdaptedWeight):
         return (base.astype(jnp.float32) + self.update()).astype(base.dtype)
 
     def dot_general(self, x: jax.Array, use: Dot) -> jax.Array:
+        if not self.drops and use.merges(x, self.base, self.axes):
+            return use.merged(x, self.base, *self.factors(), self.axes)
         y = use.apply(x, self.base)
         return y + use.factored(self.dropped(x), *self.factors(), self.axes).astype(y.dtype)
 

@@ -5,6 +5,7 @@ these factors in place of the weight" in any orientation: forward, transposed (t
 """
 
 import dataclasses
+import math
 import string
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.lift import merged as merging
 from lora_jax.lift.low_rank import flat_low_rank
 from lora_jax.lift.weight import AdaptedWeight, Axes, NotStructural
 
@@ -36,13 +38,14 @@ def on_axes(x: Array, axes: Sequence[int], function: Callable[[Array], Array]) -
 
 @dataclasses.dataclass(frozen=True)
 class Dot:
-    """One `dot_general` between an activation and a weight."""
+    """One `dot_general` between an activation and a weight; `form` is what the caller of `lift` asked for."""
 
     dimension_numbers: Any
     weight_is_lhs: bool
     precision: Any
     preferred: Any
     out_sharding: Any = None
+    form: str = "auto"
 
     @property
     def contract(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -169,6 +172,28 @@ class Dot:
             a_out, b_out = jnp.moveaxis(a, -1, 0), jnp.moveaxis(b, 0, -1)
             return self._last(x, axes.fan_out, axes.fan_in, lambda x: flat_low_rank(x, b_out, a_out, self.precision))
         return self._einsum(x, a, b, axes)
+
+    def merges(self, x: Array, weight: Array, axes: Axes) -> bool:
+        """Whether `merged` stands for the equation, and is to be preferred to `factored`.
+
+        Merging rounds the update to the weight's dtype, so below float32 it must be asked for. Under a mesh a merged
+        weight would have to be divided as the weight is: not supported.
+        """
+        plain = isinstance(weight, jax.Array) and self.out_sharding is None
+        natural = list(axes.fan_in + axes.fan_out) == list(range(weight.ndim if plain else 0))
+        if not (plain and natural and self.contracts(axes.fan_in, axes) and jax.sharding.get_abstract_mesh().empty):
+            return False
+        if self.form != "auto":
+            return self.form == "merged"
+        n_in = math.prod(weight.shape[i] for i in axes.fan_in)
+        full = x.dtype == weight.dtype == jnp.float32
+        return full and merging.pays(x.size // max(n_in, 1), n_in, weight.size // max(n_in, 1))
+
+    def merged(self, x: Array, weight: Array, a: Array, b: Array, axes: Axes) -> Array:
+        """The equation with `weight + a b` in place of the weight, where `merges` says so; a and b as in `factored`."""
+        options = (self.precision, self.preferred)
+        product = lambda x: merging.flat_merged(x, weight, a, b, options)  # noqa: E731
+        return self._last(x, axes.fan_in, axes.fan_out, product)
 
     def _last(self, x: Array, into: Sequence[int], out: Sequence[int], function: Callable[[Array], Array]) -> Array:
         """Brings the contracted axes last, applies (*lead, *into) -> (*lead, *out), orders the axes as the equation."""

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, did_you_mean
 from lora_jax.lift import control  # noqa: F401  (registers the control-flow rules)
 from lora_jax.lift.interpret import Interpreter
+from lora_jax.lift.merged import FORMS
 from lora_jax.lift.weight import is_adapted
 
 # Settings of JAX that a trace depends on.
@@ -77,13 +78,13 @@ def _aval(leaf: Any) -> Any:
 class Trace:
     """One trace of a function, and the compiled evaluation of it."""
 
-    def __init__(self, function: Callable, call: Call, on_dense: str, unused: str):
+    def __init__(self, function: Callable, call: Call, on_dense: str, unused: str, form: str):
         closed, self.out_tree = call.trace(function)
         self.consts = list(closed.consts)
         self.holds_tracers = any(isinstance(c, jax.core.Tracer) for c in self.consts)
 
         def evaluate(consts, traced):
-            interpreter = Interpreter(on_dense)
+            interpreter = Interpreter(on_dense, form)
             outs = interpreter.run_dense(closed.jaxpr, consts, traced, "", end="the function's output")
             if unused == "error":
                 check_used(traced, interpreter.used)
@@ -105,7 +106,7 @@ def check_used(traced: list, used: set[str]) -> None:
         )
 
 
-def lift(function: Callable, *, on_dense: str = "error", unused: str = "error") -> Callable:
+def lift(function: Callable, *, on_dense: str = "error", unused: str = "error", form: str = "auto") -> Callable:
     """Makes a function accept adapted weights wherever it takes arrays. Function in, function out, as `jax.vmap`.
 
     The function is not changed and needs no cooperation: any JAX function will do (Linen's `apply`, an NNX module
@@ -116,6 +117,10 @@ def lift(function: Callable, *, on_dense: str = "error", unused: str = "error") 
       on_dense: 'error' (default) or 'allow': when an operation needs a weight's dense value (no rule covers it, or it
         is inside a `custom_jvp`/`custom_vjp`).
       unused: 'error' (default) or 'allow': when an adapted weight reaches no operation.
+      form: how a low-rank update enters a product, both exact: 'factored', `x W + (x a) b`; 'merged', `x (W + a b)`,
+        which is for products of dense float32 weights on one device without dropout (the others stay factored), and
+        rounds the update to the dtype of weights below float32; 'auto' (default), whichever costs less at these
+        shapes, for float32. Under a `vmap` over adapters ask for 'factored': a merged weight cannot be shared.
 
     Returns:
       A function of the same signature, differentiable in reverse mode with respect to the adapters' arrays, that
@@ -128,6 +133,8 @@ def lift(function: Callable, *, on_dense: str = "error", unused: str = "error") 
     for name, value in (("on_dense", on_dense), ("unused", unused)):
         if value not in ("error", "allow"):
             raise UserError(f"lift({name}={value!r}): expected 'error' or 'allow'")
+    if form not in FORMS:
+        raise UserError(f"lift(form={form!r}) does not exist; {did_you_mean(str(form), FORMS)}")
     traces: collections.OrderedDict[Any, Trace] = collections.OrderedDict()
 
     @functools.wraps(function)
@@ -138,7 +145,7 @@ def lift(function: Callable, *, on_dense: str = "error", unused: str = "error") 
         key = call.key()
         trace = traces.get(key) if key is not None else None
         if trace is None:
-            trace = Trace(function, call, on_dense, unused)
+            trace = Trace(function, call, on_dense, unused, form)
             # A trace that closed over tracers of an enclosing transformation must not outlive it.
             if key is not None and not trace.holds_tracers:
                 traces[key] = trace

@@ -1,11 +1,10 @@
 """AdaptedWeight: a pytree node that stands where a base weight stood.
 
-It holds the frozen weight (an array, or another adapted weight: they nest) and a method's arrays beside it, and answers
-the questions the interpreter asks: what is your dense shape, what are you transposed, reshaped, sliced, cast, how do
-you
-multiply an activation, what is your dense value. A method writes a subclass with its fields, says in `layout` which
-axes
-of the weight each field runs along, and implements the products; the structural operations follow from `layout`.
+It holds the frozen weight (an array, or another adapted weight: they nest) and a method's arrays beside it, and
+answers the questions the interpreter asks: what is your dense shape, what are you transposed, reshaped, sliced, cast,
+how do you multiply an activation, what is your dense value. A method writes a subclass with its fields, says in
+`layout` which axes of the weight each field runs along, and implements the products; the structural operations follow
+from `layout`.
 """
 
 import dataclasses

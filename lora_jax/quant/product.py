@@ -1,8 +1,7 @@
 """The product of an activation and a frozen weight in few bits: dense for as long as it lasts, forward and backward.
 
-Left to itself a compiler makes every layer dense at the start of the program, since that depends on no activation, and
-keeps it for the backward pass, since there the same is computed again. So the packed arrays are tied to the activation
-(forward) or to its cotangent (backward) before they are read.
+The packed arrays are tied to the activation (forward) or to its cotangent (backward) before they are read: see
+`lift.later`.
 """
 
 import dataclasses
@@ -11,8 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from lora_jax.lift.later import after
 from lora_jax.lift.low_rank import varying_alike
 
 
@@ -36,7 +35,7 @@ def product(x: jax.Array, weight: Any, use: Any) -> jax.Array:
 
 
 def _forward(x, weight, use):
-    return product(x, weight, use), (weight, _Like(x.shape, x.dtype))
+    return use.apply(x, _tied(weight, x).dense()), (weight, _Like(x.shape, x.dtype))
 
 
 def _backward(use, residuals, dy):
@@ -52,35 +51,4 @@ product.defvjp(_forward, _backward)
 
 def _tied(weight: Any, value: jax.Array) -> Any:
     """The weight, to be read after `value` is known."""
-    return dataclasses.replace(weight, base=_after(weight.base, value))
-
-
-@jax.custom_batching.custom_vmap
-def _after(codes: jax.Array, value: jax.Array) -> jax.Array:
-    """The codes themselves, with a dependency on `value` that no compiler pass removes."""
-    return _after_each(codes, value)
-
-
-@_after.def_vmap
-def _after_batched(size, batched, codes, value):
-    """One weight for all of a batch of activations stays one weight."""
-    del size
-    if batched[0]:
-        return jax.vmap(_after_each, in_axes=(0, 0 if batched[1] else None))(codes, value), True
-    return _after(codes, value[0] if batched[1] else value), False
-
-
-def _after_each(codes, value):
-    if value.size == 0:
-        return codes
-    return lax.platform_dependent(codes, value, cpu=_impossible_bit, default=_barrier)
-
-
-def _barrier(codes, value):
-    return lax.optimization_barrier((codes, value))[0]
-
-
-def _impossible_bit(codes, value):
-    """XLA drops barriers on CPU. A number that is both below and above zero, which there is none of, does the same."""
-    one = value[(0,) * value.ndim]
-    return codes ^ ((one < 0) & (one > 0)).astype(codes.dtype)
+    return dataclasses.replace(weight, base=after(weight.base, value))

@@ -53,7 +53,7 @@ def dense_layer(draw, size):
         return (out, size), ((), (1,), (0,)), lambda w, x: x @ w.T
     if kind == "outputs split":
         return (size, 2, out), ((), (0,), (1, 2)), lambda w, x: x @ w.reshape(size, -1)
-    if kind == "inputs split" and size % 2 == 0:
+    if kind == "inputs split" and size % 2 == 0 and size > 2:  # an axis of size one has no meaning of its own
         return (2, size // 2, out), ((), (0, 1), (2,)), lambda w, x: x @ w.reshape(size, out)
     if kind == "cut":
         cut = draw(st.integers(1, out))

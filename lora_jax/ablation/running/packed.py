@@ -196,7 +196,7 @@ def make_program(
       total: steps.
     """
     clip, decay, ratio = pack._flags()
-    lifted = lift(apply)
+    lifted = lift(apply, form="factored")  # arms share the product with the frozen weight
 
     def optimizer(hyper: Hyper):
         tx = optim.make_optimizer(
