@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax import optim, trees
+from lora_jax import optim, recompute, trees
 
 Batch = Any
 
@@ -99,6 +99,7 @@ def compiler_options() -> dict[str, Any] | None:
     """
     if jax.default_backend() != "cpu":
         return None
+    recompute.trim_after_compiling()
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
@@ -142,7 +143,7 @@ def train_step(
         total, weight = task.loss(outputs, batch)
         return total.astype(jnp.float32), weight.astype(jnp.float32)
 
-    gradient = jax.value_and_grad(loss_sum, has_aux=True)
+    gradient = jax.value_and_grad(recompute.between_products(loss_sum), has_aux=True)
 
     def sums(state, variables, batch):
         """(sum of losses, weight, gradient of the sum) over the whole batch."""

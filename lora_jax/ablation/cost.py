@@ -26,6 +26,7 @@ from lora_jax.adapters.parts.ranks import default_targets
 from lora_jax.assemble import delta_shapes
 from lora_jax.lift import lift
 from lora_jax.prefix_cache import FIELD, Cached, CachedBatches
+from lora_jax.recompute import between_products
 from lora_jax.sites import count_layers
 from lora_jax.step import delta_of, init_state, make_train_step, step_keys
 from lora_jax.train_settings import TrainSettings
@@ -167,7 +168,7 @@ def _activations(apply, adapter, task, mask, state, variables, batch) -> int:
             bound = adapter.bind(variables, delta_of(state._replace(trainable=trainable), mask), key=adapter_key)
             return task.loss(apply(bound, **task.inputs(batch), dropout_key=base_key), batch)[0]
 
-        return jax.vjp(loss, state.trainable)[1]
+        return jax.vjp(between_products(loss), state.trainable)[1]
 
     there = (variables, state.trainable, state.frozen, batch)
     return _new_bytes(jax.eval_shape(kept, state, variables, batch), there)
@@ -181,9 +182,8 @@ def _working(base, task, variables, batch) -> int:
 
     def kept(variables, batch):
         _, key = step_keys(jnp.uint32(0), jnp.int32(0))
-        return jax.vjp(lambda v: task.loss(base.apply(v, **task.inputs(batch), dropout_key=key), batch)[0], variables)[
-            1
-        ]
+        loss = lambda v: task.loss(base.apply(v, **task.inputs(batch), dropout_key=key), batch)[0]  # noqa: E731
+        return jax.vjp(between_products(loss), variables)[1]
 
     total = _new_bytes(jax.eval_shape(kept, variables, batch), (variables, batch))
     return total // max(1, count_layers(base.sites))

@@ -120,17 +120,17 @@ def product_flops(eqn: Any) -> float:
             return 2.0 * math.prod(out.shape) * math.prod(right.shape) / max(features, 1)
         contracted = eqn.params["dimension_numbers"][0][0] if name == "dot_general" else (left.ndim - 1,)
         return 2.0 * math.prod(out.shape) * math.prod(left.shape[a] for a in contracted)
-    inner = [sum(map(product_flops, jaxpr.eqns)) for jaxpr in _bodies(eqn)]
+    inner = [sum(map(product_flops, jaxpr.eqns)) for jaxpr in bodies(eqn)]
     times = eqn.params.get("length", 1) if name == "scan" else 1
     return times * (max(inner, default=0.0) if name == "cond" else sum(inner))
 
 
 def draws(eqn: Any) -> bool:
     """Whether an equation draws random numbers, or something inside it does."""
-    return eqn.primitive.name.startswith(RANDOM) or any(draws(e) for jaxpr in _bodies(eqn) for e in jaxpr.eqns)
+    return eqn.primitive.name.startswith(RANDOM) or any(draws(e) for jaxpr in bodies(eqn) for e in jaxpr.eqns)
 
 
-def _bodies(eqn: Any) -> Iterator[Any]:
+def bodies(eqn: Any) -> Iterator[Any]:
     """The jaxprs that an equation carries."""
     for value in eqn.params.values():
         for one in value if isinstance(value, (tuple, list)) else (value,):

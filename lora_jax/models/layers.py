@@ -9,10 +9,12 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.errors import UserError, did_you_mean
 from lora_jax.models.virtual_tokens import Beside
 
+ATTENDED = "attended"  # the name of attention's output, for who chooses what a backward pass keeps
 LONG = 512  # queries; beyond, attention goes over them in chunks
 CHUNK = 256
 
@@ -131,9 +133,15 @@ def attend(
     Returns:
       (B, T, H * D), q's dtype. Logits and softmax are float32.
     """
+    if q_BxTxHxD.shape[1] > LONG and dropout is None and beside is None:
+        out_BxTxHD = _in_chunks(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_BxTxS)
+    else:
+        out_BxTxHD = _at_once(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_BxTxS, dropout, beside)
+    return checkpoint_name(out_BxTxHD, ATTENDED)
+
+
+def _at_once(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_BxTxS, dropout=None, beside=None) -> jax.Array:
     b, t, h, d = q_BxTxHxD.shape
-    if t > LONG and dropout is None and beside is None:
-        return _in_chunks(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_BxTxS)
     kv = k_BxKxSxD.shape[1]
     q = q_BxTxHxD.reshape(b, t, kv, h // kv, d)
     logits = jnp.einsum("btkgd,bksd->bkgts", q, k_BxKxSxD, preferred_element_type=jnp.float32) * d**-0.5
@@ -169,7 +177,7 @@ def _in_chunks(q_BxTxHxD: jax.Array, k: jax.Array, v: jax.Array, mask_BxTxS: jax
     if mask is not None:
         mask = jnp.pad(mask, (*fill, (0, 0)), constant_values=True)
         mask = mask.reshape(mask.shape[0], cut, CHUNK, -1).swapaxes(0, 1)
-    one = lambda q, mask: attend(q, k, v, alike if mask is None else mask)  # noqa: E731
+    one = lambda q, mask: _at_once(q, k, v, alike if mask is None else mask)  # noqa: E731
     out = jax.lax.map(lambda xs: jax.checkpoint(one)(*xs), (q, mask))
     return out.swapaxes(0, 1).reshape(b, cut * CHUNK, h * d)[:, :t]
 
