@@ -7,6 +7,7 @@ the short ones and blends in between (Grattafiori et al. 2024, The Llama 3 Herd 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,7 +121,19 @@ def tables(rope: Rope, head_dim: int, positions_BxT: jax.Array) -> tuple[jax.Arr
     """
     freq = jnp.asarray(frequencies(rope, head_dim)).reshape(1, 1, 1, -1)
     angle = positions_BxT.astype(jnp.float32)[:, :, None, None] * freq
-    return jnp.cos(angle), jnp.sin(angle)
+    return _written_out(jnp.cos(angle)), _written_out(jnp.sin(angle))
+
+
+def _written_out(table: jax.Array) -> jax.Array:
+    """The table as an array in memory, on a CPU.
+
+    XLA thinks little of a cosine and computes it anew for every head of every layer, at 5 % of a training step. Through
+    a library's product it cannot: that with the identity changes no bit.
+    """
+    one = jnp.eye(table.shape[-1], dtype=table.dtype)
+    numbers = (((table.ndim - 1,), (0,)), ((), ()))
+    product = functools.partial(jax.lax.dot_general, dimension_numbers=numbers, precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.platform_dependent(table, one, cpu=product, default=lambda table, _: table)
 
 
 def rotate(x_BxTxHxD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
