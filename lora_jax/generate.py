@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import tiling
 from lora_jax.errors import UserError
 from lora_jax.models.base import Base
 
@@ -60,7 +61,8 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     run = functools.partial(
         _generate,
-        apply=base.apply if apply is None else apply,
+        apply=tiling.able(base.apply if apply is None else apply, variables),
+        tiles=tiling.choose(base, variables, min(batch_size, len(prompts)), max_new_tokens),
         init_cache=_cache_maker(base.family, base.config, base.dtype),
         room=_rounded(max_new_tokens),
         draw=temperature > 0,
@@ -130,8 +132,8 @@ def _cache_maker(family, config, dtype) -> Callable:
     return lambda batch, length: family.init_cache(config, batch, length, dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "init_cache", "room", "draw"))
-def _generate(variables, tokens_BxP, mask_BxP, rows_B, ends_E, options, *, apply, init_cache, room, draw):
+@functools.partial(jax.jit, static_argnames=("apply", "tiles", "init_cache", "room", "draw"))
+def _generate(variables, tokens_BxP, mask_BxP, rows_B, ends_E, options, *, apply, tiles, init_cache, room, draw):
     """Reads the prompts, then writes one token per turn.
 
     Returns:
@@ -141,6 +143,7 @@ def _generate(variables, tokens_BxP, mask_BxP, rows_B, ends_E, options, *, apply
     cache = init_cache(batch, prompt + room)
     last = jnp.full((batch, 1), prompt - 1, jnp.int32)
     logits, cache = apply(variables, tokens_BxP, mask_BxP, cache=cache, pool_at=last)
+    writing = tiling.lay_out(variables, tiles)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(options["seed"], row))(rows_B)
     choose = functools.partial(_choose, keys_B=keys_B, options=options, draw=draw)
 
@@ -154,7 +157,7 @@ def _generate(variables, tokens_BxP, mask_BxP, rows_B, ends_E, options, *, apply
 
     def turn(state):
         step, token_B, done_B, lengths_B, new, cache = state
-        logits, cache = apply(variables, token_B[:, None], cache=cache)
+        logits, cache = apply(writing, token_B[:, None], cache=cache)
         token_B = choose(logits[:, -1], step)
         return step + 1, token_B, *record(step, token_B, done_B, lengths_B, new), cache
 

@@ -1,0 +1,95 @@
+"""Matrices in tiles for writing text: the same products, the same text, and only where it pays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax import tiling
+from lora_jax.generate import generate
+from lora_jax.lift.tiled import TiledWeight, tiled
+from lora_jax.models import quantized
+
+MODEL = dict(
+    model_type="llama", vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+)  # fmt: skip
+PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4]]
+LAID_OUT = {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}  # 32 columns of k and v fill no tile
+
+
+@pytest.fixture(scope="module")
+def base():
+    return lj.from_config(MODEL, seed=3)
+
+
+def adapted(base, adapter):
+    delta = adapter.init(jax.random.key(0), base.variables, base.sites)
+    draw = np.random.default_rng(0)
+    moved = jax.tree.map(lambda x: x + 0.1 * draw.normal(size=x.shape).astype(x.dtype), delta)
+    return adapter.bind(base.variables, moved)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_a_tiled_product_is_the_product(lead):
+    draw = np.random.default_rng(0)
+    weight, x = (jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((5, 192), (*lead, 5)))
+    node = tiled(weight, "w")
+    assert node.base.shape == (3, 5, 64) and node.shape == (5, 192)
+    np.testing.assert_array_equal(node.dense(), weight)
+    for use in (
+        lambda w, x: x @ w,
+        lambda w, x: jnp.einsum("kn,...k->...n", w, x),
+        lambda w, x: x @ jnp.tanh(w),
+        lambda w, x: x @ w[:, 1:65],
+    ):
+        np.testing.assert_allclose(lj.lift(use)(node, x), use(weight, x), atol=1e-5)
+
+
+def test_a_matrix_of_other_columns_stays():
+    weight = jnp.ones((4, 96))
+    assert tiled(weight, "w") is weight
+
+
+@pytest.mark.parametrize("method", ["base", "lora", "dora", "bottleneck", "nf4"])
+def test_text_is_the_same(base, method, monkeypatch):
+    own, variables, apply = base, base.variables, None
+    if method == "nf4":
+        own = quantized(base, "nf4")
+        variables = own.variables
+    elif method != "base":
+        variables, apply = adapted(base, getattr(lj, method)()), lj.lift(base.apply)
+    chosen = tiling.choose(own, variables, len(PROMPTS), 40)
+    stays = {"bottleneck": {"o_proj", "down_proj"}, "nf4": LAID_OUT - {"lm_head"}}.get(method, set())
+    assert {path.split("/")[-2] for path in chosen} == LAID_OUT - stays
+    given = generate(own, variables, PROMPTS, max_new_tokens=40, apply=apply, eos_ids=())
+    monkeypatch.setattr(tiling, "choose", lambda *_: ())
+    assert given == generate(own, variables, PROMPTS, max_new_tokens=40, apply=apply, eos_ids=())
+    assert method == "base" or given != generate(base, base.variables, PROMPTS, max_new_tokens=40, eos_ids=())
+
+
+def test_an_update_is_merged_and_what_acts_on_the_output_stays(base):
+    variables = adapted(base, lj.lora(targets="q,o"))
+    laid_out = tiling.lay_out(variables, tiling.choose(base, variables, 3, 40))["params"]["layers_0"]["self_attn"]
+    assert isinstance(laid_out["q_proj"]["kernel"], TiledWeight)
+    merged = variables["params"]["layers_0"]["self_attn"]["q_proj"]["kernel"].dense()
+    np.testing.assert_array_equal(laid_out["q_proj"]["kernel"].dense(), merged)
+    kept = {path for path in tiling.choose(base, adapted(base, lj.bottleneck(targets="o")), 3, 40)}
+    assert not any("o_proj" in path for path in kept) and any("q_proj" in path for path in kept)
+
+
+def test_only_where_it_pays(base, monkeypatch):
+    assert tiling.choose(base, base.variables, 32, 32)
+    assert not tiling.choose(base, base.variables, 33, 32), "many rows"
+    assert not tiling.choose(base, base.variables, 3, 31), "few turns"
+    half = lj.from_config(MODEL, dtype="bfloat16")
+    assert not tiling.choose(half, half.variables, 3, 40), "not float32"
+    monkeypatch.setattr(tiling, "LARGEST", 1000)
+    assert not tiling.choose(base, base.variables, 3, 40), "too large to be in memory twice"
+
+
+def test_a_model_over_several_devices_stays(base):
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.device_put(base.variables, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    assert not tiling.choose(base, everywhere, 3, 40)
