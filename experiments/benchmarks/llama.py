@@ -102,11 +102,12 @@ def starts(given: Work, rank: int | None = None, seed: int = 0) -> tuple[Any, An
     return adapter, adapter.init(jax.random.key(seed), given.base.variables, given.base.sites)
 
 
-def stepper(given: Work, accumulate: int = 1) -> tuple[Any, Any]:
-    """(the jitted step, its first state): AdamW on the factors alone, the batch in so many micro-batches."""
+def stepper(given: Work, accumulate: int = 1, form: str = "auto") -> tuple[Any, Any]:
+    """(the jitted step, its first state): AdamW on the factors alone, the batch in so many micro-batches; `form` as of
+    `lift`."""
     adapter, delta = starts(given)
     mask, tx = adapter.trainable(delta), optim.make_optimizer(RATE)
-    step = make_train_step(lj.lift(given.base.apply), adapter, given.task, tx, mask, accumulate=accumulate)
+    step = make_train_step(lj.lift(given.base.apply, form=form), adapter, given.task, tx, mask, accumulate=accumulate)
     return step, init_state(delta, mask, tx)
 
 
