@@ -145,11 +145,15 @@ def prefetch(batches: Iterable[Any], function: Callable[[Any], Any], depth: int 
 
 
 class Throttle:
-    """Keeps at most `depth` results in flight."""
+    """Keeps at most `depth` results in flight; by default 4, and none on a CPU.
 
-    def __init__(self, depth: int = 4):
+    A CPU has nothing to overlap: the host that waits leaves its cores to the step, and the memory of one step is given
+    back before the next one asks for its own (9 % of a step, 30M Llama, 2 cores).
+    """
+
+    def __init__(self, depth: int | None = None):
         self._queue: collections.deque = collections.deque()
-        self._depth = depth
+        self._depth = (0 if jax.default_backend() == "cpu" else 4) if depth is None else depth
 
     def __call__(self, result: Any) -> None:
         """Takes a step's result and waits until the one `depth` steps ago is there."""

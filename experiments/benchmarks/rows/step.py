@@ -10,6 +10,7 @@ from typing import Any
 from experiments.benchmarks import llama, measure
 from experiments.benchmarks.row import Claim, Plan, Row, Side, peer
 from experiments.benchmarks.row import ours as our_side
+from lora_jax.feed import Throttle
 
 SUITE = "cpu"
 
@@ -42,10 +43,11 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     work = llama.work(settings)
     step, state = llama.stepper(work, settings.get("accumulate", 1))
     batches, before = llama.placed(work), measure.rss()
-    states = [state]
+    states, throttle = [state], Throttle()  # as the loop of a run
 
     def turn(i: int) -> Any:
         states[0], numbers = step(states[0], work.base.variables, batches[i % len(batches)])
+        throttle(numbers["weight"])
         return numbers
 
     began = time.perf_counter()
