@@ -1,8 +1,9 @@
 """The training loop: steps, and between them what is due (a log line, an evaluation, a checkpoint), until an end.
 
-The host reads no step's numbers inside the loop: they stay on the device until a line is due, and only then is it seen
-whether they are finite. How far the host runs ahead is `feed.Throttle`'s. Whatever the loop knows besides arrays is in
-its `Book`, which is saved with every checkpoint; a run that is resumed does and writes what the unbroken run would have.
+The host reads no step's numbers inside the loop: they stay on the device until a line is due, and only then is it
+seen whether they are finite. How far the host runs ahead is `feed.Throttle`'s. Whatever the loop knows besides arrays
+is in its `Book`, which is saved with every checkpoint; a run that is resumed does and writes what the unbroken run
+would have.
 """
 
 import dataclasses
