@@ -3,6 +3,8 @@
 import threading
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -75,3 +77,10 @@ def test_throttle_waits_for_old_results_only(monkeypatch):
     for i in range(5):
         throttle(i)
     assert waited == [0, 1]
+
+
+def test_on_a_cpu_the_host_waits_for_each_result():
+    work = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda _, x: jnp.tanh(x @ x), x))
+    result = work(jnp.ones((256, 256)))
+    feed.Throttle()(result)
+    assert result.is_ready()

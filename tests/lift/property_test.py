@@ -53,8 +53,9 @@ def dense_layer(draw, size):
         return (out, size), ((), (1,), (0,)), lambda w, x: x @ w.T
     if kind == "outputs split":
         return (size, 2, out), ((), (0,), (1, 2)), lambda w, x: x @ w.reshape(size, -1)
-    if kind == "inputs split" and size % 2 == 0 and size > 2:  # an axis of size one has no meaning of its own
-        return (2, size // 2, out), ((), (0, 1), (2,)), lambda w, x: x @ w.reshape(size, out)
+    if kind == "inputs split" and size % 2 == 0:
+        found = ((), (0, 1), (2,)) if size > 2 else ((), (0,), (1, 2))  # an axis of size one that is merged is no input
+        return (2, size // 2, out), found, lambda w, x: x @ w.reshape(size, out)
     if kind == "cut":
         cut = draw(st.integers(1, out))
         return (size, out + 1), ((), (0,), (1,)), lambda w, x: jnp.concatenate([x @ w[:, cut:], x @ w[:, :cut]], -1)
