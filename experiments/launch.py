@@ -8,7 +8,6 @@ import ast
 import importlib.util
 import inspect
 import logging
-import os
 import re
 import sys
 import traceback
@@ -20,6 +19,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from lora_jax import config as config_lib
+from lora_jax import kept
 from lora_jax.ablation.grid import Grid, from_sweep
 from lora_jax.errors import UserError, nearest
 from lora_jax.stopping import Diverged, Interrupted
@@ -30,7 +30,6 @@ flags.DEFINE_bool("huge_pages", True, "Ask for huge pages on a CPU; read in expe
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 _FILE = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
 _given: dict[str, str | None] = {}
-CACHE = Path.home() / ".cache" / "lora_jax" / "xla"  # jax's own JAX_COMPILATION_CACHE_DIR wins over it
 
 
 def run(main: Callable[[], None], base: Callable[[], ConfigDict] | None = None) -> None:
@@ -46,7 +45,7 @@ def run(main: Callable[[], None], base: Callable[[], ConfigDict] | None = None) 
 def call(main: Callable[[], None]) -> int:
     """Runs a command whose flags are parsed; returns its exit code."""
     logging.getLogger("jax").setLevel(logging.WARNING)  # else every backend that is not there is reported
-    _keep_compiled()
+    kept.use(kept.usual())
     try:
         main()
     except UserError as error:
@@ -56,15 +55,6 @@ def call(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return _say("stopped before training began; nothing to save", 130)
     return 0
-
-
-def _keep_compiled() -> None:
-    """What took long to compile is found again by the next command that needs the same program."""
-    import jax
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(CACHE))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def parse(argv: list[str], base: Callable[[], ConfigDict] = config_lib.default) -> list[str]:

@@ -17,6 +17,7 @@ from lora_jax.adapters import Adapter
 from lora_jax.errors import UserError
 from lora_jax.lift import input_moments
 from lora_jax.models import files
+from lora_jax.models import tokenizer as tokenizers
 from lora_jax.settings import Config
 
 MOMENT_EXAMPLES = 256  # training examples that an adapter which starts from data looks at
@@ -80,7 +81,7 @@ def load_data(config: Config, need: tuple[str, ...]) -> data.Splits:
 
 def make_task(config: Config, splits: data.Splits) -> Any:
     """The task, with the tokenizer of the config's model."""
-    tokenizer = files.load_tokenizer(files.find(model_path(config)))
+    tokenizer = tokenizers.load(files.find(model_path(config)))
     make = tasks.get(config.task.name)
     return make(tokenizer=tokenizer, max_length=config.data.max_length, splits=splits, **config.task.options)
 

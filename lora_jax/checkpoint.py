@@ -9,6 +9,7 @@ A checkpoint holds a flat dictionary of arrays, numbered; `meta` names them.
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,17 +48,26 @@ class Checkpoints:
           folder: of the checkpoints.
           keep: how many of the newest stay, besides the best.
         """
+        self.folder = Path(folder)
+        self._policy = KeepNewestAndBest(keep)
+
+    @functools.cached_property
+    def _ocp(self) -> Any:
+        """Orbax, imported when the first checkpoint is written or looked for."""
         import orbax.checkpoint as ocp
 
         # Orbax reports every save through absl; a run reports its own.
         logging.getLogger("absl").setLevel(max(logging.WARNING, logging.getLogger("absl").level))
-        self._ocp = ocp
-        self._policy = KeepNewestAndBest(keep)
-        self._manager = ocp.CheckpointManager(
-            Path(folder).absolute(),
-            options=ocp.CheckpointManagerOptions(preservation_policy=self._policy, enable_async_checkpointing=True),
-        )
-        self.folder = Path(folder)
+        return ocp
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        options = self._ocp.CheckpointManagerOptions(preservation_policy=self._policy, enable_async_checkpointing=True)
+        return self._ocp.CheckpointManager(self.folder.absolute(), options=options)
+
+    def _begun(self) -> bool:
+        """Whether there is anything to read, wait for or close: a new run gets to its first step without Orbax."""
+        return "_manager" in self.__dict__ or self.folder.exists()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -67,7 +77,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        return sorted(self._manager.all_steps()) if self._begun() else []
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], *, best: int | None = None) -> None:
         """Writes a checkpoint; returns once the state may be changed, and the files follow.
@@ -105,12 +115,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when all files are written; raises what went wrong with them."""
-        self._manager.wait_until_finished()
+        if self._begun():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finishes the writing."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        if self._begun():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def meta(self, step: int) -> dict[str, Any]:
         """What `save` was given as `meta`."""

@@ -45,7 +45,7 @@ def init_state(delta: Any, mask: Any, tx: optax.GradientTransformation, seed: in
       tx: the optimizer.
       seed: of dropout.
     """
-    trainable, frozen = optim.split(jax.tree.map(lambda x: jnp.array(x, copy=True), delta), mask)
+    trainable, frozen = optim.split(_copy(delta), mask)
     return TrainState(
         trainable=trainable,
         frozen=frozen,
@@ -53,6 +53,11 @@ def init_state(delta: Any, mask: Any, tx: optax.GradientTransformation, seed: in
         step=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(seed % 2**32, jnp.uint32),
     )
+
+
+@jax.jit
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 def delta_of(state: TrainState, mask: Any) -> Any:

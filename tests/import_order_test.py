@@ -46,6 +46,7 @@ ORDER = [
     ["assemble"],
     ["assess"],
     ["config"],
+    ["kept"],
     ["ablation"],
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
@@ -59,7 +60,19 @@ SHARED = {
         "from_spec",
     },  # full: in place, which head, layers, ... narrow; dora adds to lora
     "quant": {"base", "blocks", "product", "store", "table"},
-    "models": {"base", "cache", "files", "hf", "layers", "options", "registry", "rotary", "tensor", "virtual_tokens"},
+    "models": {
+        "base",
+        "cache",
+        "files",
+        "hf",
+        "layers",
+        "options",
+        "registry",
+        "rotary",
+        "tensor",
+        "tokenizer",
+        "virtual_tokens",
+    },
     "tasks": {"base", "causal"},
 }
 EDGE = {"absl", "ml_collections"}

@@ -14,6 +14,7 @@ which is all that most method files contain.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
@@ -308,11 +309,23 @@ def per_batch(values: Sequence[float], site: Site) -> np.ndarray:
 def draw(key: jax.Array, batch: Sequence[int], count: int, sampler: Callable, shape: Sequence[int]) -> jax.Array:
     """Draws `count` independent arrays for every batch index, each from its own key.
 
+    Args:
+      key: of all.
+      batch: sizes of the batch axes.
+      count: how many for each of them.
+      sampler: (key, shape) -> array; the same object at every call, since each is compiled by itself.
+      shape: of one array.
+
     Returns:
       (*batch, count, *shape) float32. Entry (n, j) depends on the key, n and j alone, so a smaller count is a prefix of
       a larger one and leaving layers out changes nothing for the others.
     """
-    total = int(np.prod(batch, dtype=int))
-    one = lambda n, j: sampler(jax.random.fold_in(jax.random.fold_in(key, n), j), tuple(shape))  # noqa: E731
+    return _drawn(key, tuple(batch), count, sampler, tuple(shape))
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "count", "sampler", "shape"))
+def _drawn(key, batch, count, sampler, shape):
+    total = math.prod(batch)
+    one = lambda n, j: sampler(jax.random.fold_in(jax.random.fold_in(key, n), j), shape)  # noqa: E731
     rows = jax.vmap(lambda n: jax.vmap(lambda j: one(n, j))(jnp.arange(count)))(jnp.arange(total))
     return rows.astype(jnp.float32).reshape(*batch, count, *shape)

@@ -195,8 +195,7 @@ def bottleneck(
         flags, (bias, bias_batch) = option
         parallel = placement == "parallel"
         batch, out = batch_dims(site), site.dims(site.fan_out)
-        sampler = lambda key, shape: jax.random.truncated_normal(key, -2.0, 2.0, shape)  # noqa: E731
-        drawn = draw(key, batch, size, sampler, site.dims(site.fan_in) if parallel else out)
+        drawn = draw(key, batch, size, _truncated_normal, site.dims(site.fan_in) if parallel else out)
         # The barrier keeps one rounding a product, jitted or not: the same bits either way.
         drawn = jnp.moveaxis(std * jax.lax.optimization_barrier(drawn), len(batch), -1)
         return Bottleneck(
@@ -220,6 +219,10 @@ def bottleneck(
         )}  # fmt: skip
 
     return per_site(spec, choose=choose, make=make, weight=weight)
+
+
+def _truncated_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.truncated_normal(key, -2.0, 2.0, shape)
 
 
 def _check_use(path: str, uses: tuple[str, ...], known: tuple[str, ...]) -> None:

@@ -70,9 +70,9 @@ class Base:
         Raises:
           UserError: the directory has none.
         """
-        from lora_jax.models import files
+        from lora_jax.models import tokenizer
 
-        return files.load_tokenizer(self.path)
+        return tokenizer.load(self.path)
 
     @functools.cached_property
     def fingerprint(self) -> str:

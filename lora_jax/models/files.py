@@ -1,4 +1,4 @@
-"""The directory of a checkpoint: finding it (a folder or a hub id), its config.json, its tokenizer."""
+"""The directory of a checkpoint: finding it (a folder or a hub id), its JSON files, the files of its tokenizer."""
 
 import json
 import os
@@ -81,25 +81,6 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
-
-
-def load_tokenizer(folder: Path | None) -> Any:
-    """Loads the tokenizer of a checkpoint with transformers.
-
-    Raises:
-      UserError: there is none, or it cannot be read.
-    """
-    if folder is None:
-        raise UserError("this base was made from a config, so it has no tokenizer; load one from a model directory")
-    if not any((folder / name).is_file() for name in VOCABULARIES):
-        raise UserError(f"{folder} has no tokenizer: expected one of {', '.join(VOCABULARIES)}")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # tokenizers raises plain Exception on a damaged file
-        raise UserError(f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {error}") from None
 
 
 def copy_extras(source: Path, target: Path) -> None:

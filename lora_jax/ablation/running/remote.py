@@ -16,15 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from lora_jax import kept
 from lora_jax.ablation.arms import Arm
 from lora_jax.ablation.running.claims import claimed
 from lora_jax.ablation.running.execute import FAILURE, execute, run_folder, status
+from lora_jax.kept import Kept
 from lora_jax.records import read_json, write_json
 from lora_jax.stopping import Interrupted
-
-CACHE = "jax_compilation_cache_dir"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +33,18 @@ class Task:
       arms: of the pack.
       workdir: of the ablation; absolute.
       folder: the driver's current directory, which relative paths of data and models start from.
-      cache: of compiled programs; None is none.
+      kept: where compiled programs and tokenizers are.
     """
 
     arms: tuple[Arm, ...]
     workdir: str
     folder: str
-    cache: str | None
+    kept: Kept
 
 
 def task(pack: Sequence[Arm], workdir: Path) -> Task:
     """The task of a pack."""
-    return Task(tuple(pack), str(Path(workdir).absolute()), os.getcwd(), getattr(jax.config, CACHE))
+    return Task(tuple(pack), str(Path(workdir).absolute()), os.getcwd(), kept.used())
 
 
 def train(task: Task) -> str:
@@ -57,9 +55,7 @@ def train(task: Task) -> str:
     """
     os.chdir(task.folder)
     logging.getLogger("jax").setLevel(logging.WARNING)
-    if task.cache:
-        jax.config.update(CACHE, task.cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    kept.use(task.kept)
     try:
         with claimed(Path(task.workdir), [arm.id for arm in task.arms]):
             execute(task.arms, Path(task.workdir), scratch=_scratch())

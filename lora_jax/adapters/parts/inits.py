@@ -7,6 +7,7 @@ first columns of a larger one, and leaving a layer out changes nothing for the o
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -113,6 +114,7 @@ def _zeros(start: Start) -> tuple[Array, Array]:
     return jnp.zeros((*start.batch, *start.fan_in, start.r)), jnp.zeros((*start.batch, start.r, *start.fan_out))
 
 
+@functools.cache
 def uniform(fan: int) -> Callable:
     """Draws within 1/sqrt(fan)."""
     width = 2.0 / math.sqrt(fan)
