@@ -12,6 +12,7 @@ PACKAGE = ROOT / "lora_jax"
 ORDER = [
     ["errors"],
     ["trees"],
+    ["dropout"],
     ["sites"],
     ["lift"],
     ["virtual"],

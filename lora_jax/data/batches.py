@@ -128,7 +128,15 @@ class Batches:
         return new
 
     def in_order(self) -> Iterator[Batch]:
-        """Every row exactly once, in order; the last batch is filled with empty rows (ids -1, everything else 0)."""
+        """Every row exactly once; the last batch is filled with empty rows (ids -1, everything else 0).
+
+        In order, but where examples share rows: then all batches are of one shape, and those share one that fit best.
+        """
+        if self.share_rows:
+            rows, count = self._all_shared
+            for first in range(0, len(rows), count):
+                yield self._filled(rows[first : first + count], self.lengths[0], count)
+            return
         for first in range(0, len(self.rows), self.batch_size):
             yield self.collate(list(range(first, min(first + self.batch_size, len(self.rows)))))
 
@@ -148,8 +156,15 @@ class Batches:
         looked = [order[first : first + self.batch_size] for first in starts[: sharing.LOOKED_AT]]
         self.row_counts = sharing.choose_counts([len(self._shared(drawn)) for drawn in looked], multiple)
 
-    def _shared(self, drawn: list[int]) -> list[tuple[int, ...]]:
+    def _shared(self, drawn: Sequence[int]) -> list[tuple[int, ...]]:
         return sharing.rows_of(drawn, self.row_sizes, self.lengths[0], self.segments)
+
+    @functools.cached_property
+    def _all_shared(self) -> tuple[list[tuple[int, ...]], int]:
+        """The rows that all examples share, and how many of them a batch holds: about `batch_size` examples."""
+        rows = self._shared(range(len(self.rows)))
+        usual = sharing.round_up(-(-len(rows) * self.batch_size // len(self.rows)), sharing.EVEN)
+        return rows, sharing.round_up(min(usual, len(rows)), self._multiple)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -191,6 +206,10 @@ class Batches:
         if self.share_rows:
             rows = self._shared(list(drawn))
             count = sharing.filled_up(len(rows), self.row_counts, self._multiple)
+        return self._filled(rows, length, count)
+
+    def _filled(self, rows: Sequence[Sequence[int]], length: int, count: int) -> Batch:
+        """A batch of these rows of example numbers, and of empty ones up to `count`."""
         batch = self.empty(length, count)
         for b, row in enumerate(rows):
             start = 0

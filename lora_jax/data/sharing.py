@@ -11,7 +11,8 @@ import numpy as np
 
 from lora_jax.data import packing
 
-LOOKED_AT = 64  # steps whose numbers of rows stand for those of the run
+LOOKED_AT = 256  # steps whose numbers of rows stand for those of the run; a larger number later is a compilation
+EVEN = 8  # a batch of an evaluation has a multiple of so many rows: dev and test mostly need one program then
 GAIN = 0.05  # a second number of rows must save this share of the rows to be worth its compilation
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from lora_jax.dropout import drop
 from lora_jax.errors import UserError
 from lora_jax.lift.products import Conv, Dot, Take
 from lora_jax.lift.weight import AdaptedWeight, Axes, NotStructural
@@ -52,9 +53,7 @@ class LowRankWeight(AdaptedWeight):
         """The activation as the first factor sees it: with dropout on while a key is bound (PEFT's `lora_dropout`)."""
         if not self.drops:
             return x
-        keep = 1.0 - self.dropout
-        kept = jax.random.bernoulli(self.key.reshape(-1)[0], keep, x.shape)
-        return jnp.where(kept, x / max(keep, 1e-12), 0).astype(x.dtype)
+        return drop(self.key.reshape(-1)[0], self.dropout, x)
 
     def update(self) -> jax.Array:
         """The dense update, float32; for merging."""

@@ -148,7 +148,7 @@ class Embeddings(nn.Module):
         x = x + nn.Embed(c.type_vocab_size, c.hidden_size, name="token_type_embeddings")(token_types)
         x = x + nn.Embed(c.max_position_embeddings, c.hidden_size, name="position_embeddings")(positions)
         x = layers.LayerNorm(c.layer_norm_eps, name="norm")(x)
-        return nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(x)
+        return layers.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(x)
 
 
 class Attention(nn.Module):
@@ -169,10 +169,10 @@ class Attention(nn.Module):
         if at_BxS is not None:
             asking, mask = layers.take(x_BxTxD, at_BxS), layers.take_queries(mask, at_BxS)
             beside = beside and beside._replace(mask_BxTxN=layers.take_queries(beside.mask_BxTxN, at_BxS))
-        dropout = layers.active(nn.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic))
+        dropout = layers.active(layers.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic))
         out = layers.attend(heads("query", asking), k, v, mask, dropout, beside)
         out = nn.Dense(width, name="output")(out)
-        out = nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(out)
+        out = layers.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(out)
         return layers.LayerNorm(c.layer_norm_eps, name="output_norm")(asking + out)
 
 
@@ -187,7 +187,7 @@ class Block(nn.Module):
         x = Attention(c, name="attention")(x, mask, deterministic, beside, at)
         h = layers.ACTIVATIONS[c.hidden_act](nn.Dense(c.intermediate_size, name="intermediate")(x))
         h = nn.Dense(c.hidden_size, name="output")(h)
-        h = nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(h)
+        h = layers.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(h)
         return layers.LayerNorm(c.layer_norm_eps, name="output_norm")(x + h)
 
 
@@ -248,7 +248,7 @@ class Model(nn.Module):
             pooled = pooled[:, 0]
         pooled = jnp.tanh(nn.Dense(c.hidden_size, name="pooler")(pooled))
         rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
-        pooled = nn.Dropout(rate, deterministic=deterministic)(pooled)
+        pooled = layers.Dropout(rate, deterministic=deterministic)(pooled)
         return nn.Dense(c.num_labels, name="classifier")(pooled)
 
     def _virtual(self, segment_ids) -> Virtual:

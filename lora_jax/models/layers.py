@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lora_jax.dropout import drop
 from lora_jax.errors import UserError, did_you_mean
 from lora_jax.models.virtual_tokens import Beside
 
@@ -182,7 +183,18 @@ def _in_chunks(q_BxTxHxD: jax.Array, k: jax.Array, v: jax.Array, mask_BxTxS: jax
     return out.swapaxes(0, 1).reshape(b, cut * CHUNK, h * d)[:, :t]
 
 
-def active(dropout: nn.Dropout) -> nn.Dropout | None:
+class Dropout(nn.Module):
+    """Dropout of a model, by the call's `dropout` key; off at rate 0 and where the call is deterministic."""
+
+    rate: float
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return drop(self.make_rng("dropout"), self.rate, x) if active(self) else x
+
+
+def active(dropout: Dropout) -> Dropout | None:
     """A dropout, or None where it drops nothing, for who can then do better."""
     return None if dropout.deterministic or dropout.rate == 0 else dropout
 

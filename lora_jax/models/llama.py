@@ -81,7 +81,7 @@ class Attention(nn.Module):
         v = heads("v_proj", c.num_key_value_heads).transpose(0, 2, 1, 3)
         if stored is not None:
             k, v = caches.write(stored[0], k, start), caches.write(stored[1], v, start)
-        dropout = nn.Dropout(c.attention_dropout, deterministic=deterministic)
+        dropout = layers.Dropout(c.attention_dropout, deterministic=deterministic)
         out = layers.attend(q, k, v, mask, layers.active(dropout), beside)
         return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(out), (k, v)
 

@@ -215,7 +215,21 @@ def test_shared_rows_hold_the_examples_of_the_step(sizes, batch_size, seed, mult
         assert int(np.sum(batch["weights"])) == int(np.sum(alone[step]["weights"]))
         for i, values in unpack(batch, "targets").items():
             np.testing.assert_array_equal(values, examples[i]["targets"])
-    assert sorted(i for batch in shared.in_order() for i in ids(batch)) == list(range(len(sizes)))
+    whole = list(shared.in_order())
+    assert sorted(i for batch in whole for i in ids(batch)) == list(range(len(sizes)))
+    assert len({batch["tokens"].shape for batch in whole}) == 1 and len(whole[0]["tokens"]) % multiple == 0
+
+
+def test_an_evaluation_shares_rows_over_the_whole_split():
+    rng = np.random.default_rng(1)
+    sizes, lengths = {"dev": 300, "test": 700}, {}
+    for name, count in sizes.items():
+        batches = Batches(lm(rng.integers(4, 60, count)), 64, max_length=64, share_rows=True)
+        whole = list(batches.in_order())
+        lengths[name] = {batch["tokens"].shape for batch in whole}
+        slots = sum(batch["tokens"].size for batch in whole[:-1])
+        assert sum(np.count_nonzero(batch["segment_ids"]) for batch in whole[:-1]) > 0.95 * slots
+    assert lengths["dev"] == lengths["test"] and len(lengths["dev"]) == 1  # one program for both
 
 
 def test_shared_rows_are_few_and_of_few_shapes():
