@@ -59,7 +59,20 @@ SHARED = {
         "from_spec",
     },  # full: in place, which head, layers, ... narrow; dora adds to lora
     "quant": {"base", "blocks", "product", "store", "table"},
-    "models": {"base", "cache", "files", "hf", "layers", "options", "registry", "rotary", "tensor", "virtual_tokens"},
+    "models": {
+        "base",
+        "cache",
+        "files",
+        "hf",
+        "kernels",
+        "layers",
+        "masks",
+        "options",
+        "registry",
+        "rotary",
+        "tensor",
+        "virtual_tokens",
+    },
     "tasks": {"base", "causal"},
 }
 EDGE = {"absl", "ml_collections"}
