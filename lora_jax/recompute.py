@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from lora_jax.lift import recomputes_products, traced
-from lora_jax.models.layers import ATTENDED
+from lora_jax.models.kernels import ATTENDED
 
 # By the names of primitives. Random bits, since drawing them again would cost more than they take.
 KEPT = frozenset("conv_general_dilated ragged_dot ragged_dot_general pallas_call random_bits".split())

@@ -20,7 +20,10 @@ from lora_jax.lift.merged import FORMS
 from lora_jax.lift.weight import is_adapted
 
 # Settings of JAX that a trace depends on.
-_CONFIG = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion")
+_CONFIG = (
+    "jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion",
+    "jax_default_device",
+)  # fmt: skip
 _KEPT = 64  # traces kept per lifted function; a training run needs two or three
 
 

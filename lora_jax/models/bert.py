@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lora_jax.errors import UserError
-from lora_jax.models import layers, options, virtual_tokens
+from lora_jax.models import kernels, layers, masks, options, virtual_tokens
 from lora_jax.models.tensor import Tensor
 from lora_jax.models.virtual_tokens import Beside, Virtual
 
@@ -167,8 +167,8 @@ class Attention(nn.Module):
         k, v = (heads(name, x_BxTxD).transpose(0, 2, 1, 3) for name in ("key", "value"))
         asking = x_BxTxD
         if at_BxS is not None:
-            asking, mask = layers.take(x_BxTxD, at_BxS), layers.take_queries(mask, at_BxS)
-            beside = beside and beside._replace(mask_BxTxN=layers.take_queries(beside.mask_BxTxN, at_BxS))
+            asking, mask = layers.take(x_BxTxD, at_BxS), masks.take_queries(mask, at_BxS)
+            beside = beside and beside._replace(mask_BxTxN=masks.take_queries(beside.mask_BxTxN, at_BxS))
         dropout = layers.active(layers.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic))
         out = layers.attend(heads("query", asking), k, v, mask, dropout, beside)
         out = nn.Dense(width, name="output")(out)
@@ -235,8 +235,9 @@ class Model(nn.Module):
         if before:
             positions, types, attention_mask = _with_prompt(before, positions, types, attention_mask)
         x = Embeddings(c, name="embeddings")(tokens, types, positions, deterministic, virtual.prompt_NxD)
-        slots = jnp.arange(x.shape[1], dtype=jnp.int32)
-        mask = layers.visible(slots, slots, key_mask_BxS=attention_mask, segments_BxT=segment_ids)
+        length, head_dim = x.shape[1], c.hidden_size // c.num_attention_heads
+        kernel = kernels.kernel_for(kernels.device(), x.dtype, length, head_dim)
+        mask = masks.among(length, kernel, key_mask_BxT=attention_mask, segments_BxT=segment_ids)
         encoder = Encoder(c, name="encoder")
         if output == "hidden" or c.num_labels is None:
             return encoder(x, mask, deterministic, virtual.prefix)[:, before:]

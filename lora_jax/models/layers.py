@@ -1,4 +1,4 @@
-"""What the families share: norms, activations, the attention mask, attention itself, pooling, positions.
+"""What the families share: norms, activations, attention, pooling, positions.
 
 Norms and softmax are computed in float32, products in the weights' dtype. Attention takes grouped keys as they are:
 the queries get a group axis, the keys are never copied.
@@ -13,9 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.dropout import drop
 from lora_jax.errors import UserError, did_you_mean
+from lora_jax.models import kernels
+from lora_jax.models.masks import Mask
 from lora_jax.models.virtual_tokens import Beside
 
-ATTENDED = "attended"  # the name of attention's output, for who chooses what a backward pass keeps
 LONG = 512  # queries; beyond, attention goes over them in chunks
 CHUNK = 256
 
@@ -73,51 +74,11 @@ class LayerNorm(nn.Module):
         return (y * _row(scale_D, y) + _row(bias_D, y)).astype(x.dtype)
 
 
-def visible(
-    query_slots_T: jax.Array,
-    key_slots_S: jax.Array,
-    *,
-    key_mask_BxS: jax.Array | None = None,
-    segments_BxT: jax.Array | None = None,
-    causal: bool = False,
-    window: int | None = None,
-) -> jax.Array | None:
-    """Which query may look at which key.
-
-    Args:
-      query_slots_T: int32, the place of each query among the keys.
-      key_slots_S: int32, 0 to S-1.
-      key_mask_BxS: True or 1 where a key is a real token.
-      segments_BxT: segment of every token when queries and keys are the same tokens; others are invisible.
-      causal: no query sees a later key.
-      window: with `causal`, a query sees the last `window` keys, itself included.
-
-    Returns:
-      (B or 1, T or 1, S) bool, or None if everything is visible.
-    """
-    parts = []
-    ahead_TxS = query_slots_T[:, None] - key_slots_S[None, :]
-    if causal:
-        parts.append(ahead_TxS[None] >= 0)
-    if window is not None:
-        parts.append(ahead_TxS[None] < window)
-    if key_mask_BxS is not None:
-        parts.append(key_mask_BxS.astype(bool)[:, None, :])
-    if segments_BxT is not None:
-        parts.append(segments_BxT[:, :, None] == segments_BxT[:, None, :])
-    if not parts:
-        return None
-    mask = parts[0]
-    for part in parts[1:]:
-        mask = mask & part
-    return mask
-
-
 def attend(
     q_BxTxHxD: jax.Array,
     k_BxKxSxD: jax.Array,
     v_BxKxSxD: jax.Array,
-    mask_BxTxS: jax.Array | None,
+    mask: jax.Array | Mask | None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
     beside: Beside | None = None,
 ) -> jax.Array:
@@ -126,7 +87,8 @@ def attend(
     Args:
       q_BxTxHxD: queries.
       k_BxKxSxD, v_BxKxSxD: keys and values, heads before time (the layout of the cache).
-      mask_BxTxS: as of `visible`. A query that sees nothing gets a mean of all values, never NaN.
+      mask: as of `masks`, dense (B or 1, T or 1, S) or for a kernel. A query that sees nothing gets a mean of all
+        values (from a kernel any finite number), never NaN.
       dropout: applied to the probabilities (B, K, G, T, S), or (B, K, G, T, N + S) with `beside`. None drops nothing.
       beside: keys and values of N virtual tokens; they come first. The result is that of concatenated keys and values,
         but neither these nor a cache are copied.
@@ -134,11 +96,31 @@ def attend(
     Returns:
       (B, T, H * D), q's dtype. Logits and softmax are float32.
     """
+    if isinstance(mask, Mask):
+        if dropout is None and beside is None and q_BxTxHxD.shape[1] == k_BxKxSxD.shape[2] == mask.length:
+            return _one_step(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask)
+        mask = mask.dense()
     if q_BxTxHxD.shape[1] > LONG and dropout is None and beside is None:
-        out_BxTxHD = _in_chunks(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_BxTxS)
+        out_BxTxHD = _in_chunks(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask)
     else:
-        out_BxTxHD = _at_once(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_BxTxS, dropout, beside)
-    return checkpoint_name(out_BxTxHD, ATTENDED)
+        out_BxTxHD = _at_once(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask, dropout, beside)
+    return checkpoint_name(out_BxTxHD, kernels.ATTENDED)
+
+
+def _named(q_BxTxHxD: jax.Array, k_BxKxTxD: jax.Array, v_BxKxTxD: jax.Array, mask: Mask) -> jax.Array:
+    """`attend` by the kernel that the mask names, or by none."""
+    if mask.kernel == "plain":
+        return attend(q_BxTxHxD, k_BxKxTxD, v_BxKxTxD, mask.dense())
+    return kernels.attend(q_BxTxHxD, k_BxKxTxD, v_BxKxTxD, mask)
+
+
+# A function with its own derivative, though it is the usual one: nobody opens it, so whatever the length chooses, a
+# trace has the same steps, and who splits a model does it once for all lengths.
+_one_step = jax.custom_vjp(_named)
+_one_step.defvjp(
+    lambda q, k, v, mask: jax.vjp(lambda q, k, v: _named(q, k, v, mask), q, k, v),
+    lambda pull, cotangent: (*pull(cotangent), None),
+)
 
 
 def _at_once(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_BxTxS, dropout=None, beside=None) -> jax.Array:
@@ -223,11 +205,3 @@ def last_real(mask_BxT: jax.Array) -> jax.Array:
 def take(hidden_BxTxD: jax.Array, at_BxS: jax.Array) -> jax.Array:
     """Hidden states at chosen slots: (B, S, D)."""
     return jnp.take_along_axis(hidden_BxTxD, at_BxS[:, :, None], axis=1)
-
-
-def take_queries(mask_BxTxS: jax.Array | None, at_BxQ: jax.Array) -> jax.Array | None:
-    """What the queries at chosen slots see: (B, Q, S), of a mask as `visible` makes it."""
-    if mask_BxTxS is None or mask_BxTxS.shape[1] == 1:
-        return mask_BxTxS
-    rows = jnp.broadcast_to(mask_BxTxS, (at_BxQ.shape[0], *mask_BxTxS.shape[1:]))
-    return jnp.take_along_axis(rows, at_BxQ[:, :, None], axis=1)

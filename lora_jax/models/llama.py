@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models import cache as caches
-from lora_jax.models import layers, rotary, virtual_tokens
+from lora_jax.models import kernels, layers, masks, rotary, virtual_tokens
 from lora_jax.models.cache import Cache, ReadPrompt
 from lora_jax.models.llama_config import Config
+from lora_jax.models.masks import Mask
 from lora_jax.models.tensor import Tensor
 from lora_jax.models.virtual_tokens import Beside, Virtual
 
@@ -149,14 +150,15 @@ class Model(nn.Module):
         if virtual is not None:
             positions = positions + virtual.length
         angles = rotary.tables(c.rope, c.head_dim, positions)
-        masks = {w: _mask(tokens, attention_mask, segment_ids, cache, start, w) for w in set(c.windows)}
+        kernel = kernels.kernel_for(kernels.device(), x.dtype, x.shape[1], c.head_dim)
+        seen = {w: _mask(tokens, attention_mask, segment_ids, cache, start, w, kernel) for w in set(c.windows)}
         block = nn.remat(Block, static_argnums=(6,)) if c.remat else Block
         blocks = [block(c, name=f"layers_{i}") for i in range(c.num_hidden_layers)]
         beside = {} if virtual is None else self._beside(blocks, virtual, positions, x.dtype, deterministic)
         stores = []
         for i, window in enumerate(c.windows):
             stored = None if cache is None else (cache.keys[i], cache.values[i])
-            x, stored = blocks[i](x, angles, masks[window], stored, start, deterministic, beside.get(i))
+            x, stored = blocks[i](x, angles, seen[window], stored, start, deterministic, beside.get(i))
             stores.append(stored)
         x = layers.RMSNorm(c.rms_norm_eps, name="norm")(x)
         out = x if output == "hidden" else self._head(x, embed, tokens, attention_mask, segment_ids, pool_at)
@@ -192,7 +194,7 @@ class Model(nn.Module):
             angles = rotary.tables(c.rope, c.head_dim, slots[None])
             x = virtual.prompt_NxD.astype(dtype)[None]
             for i, window in enumerate(c.windows):
-                mask = layers.visible(slots, slots, causal=True, window=window)
+                mask = masks.visible(slots, slots, causal=True, window=window)
                 x, (k, v) = blocks[i](x, angles, mask, None, None, deterministic)
                 out[i] = Beside(k[0], v[0])
         seen = {w: virtual_tokens.in_window(positions, virtual.length, w) for w in set(c.windows)}
@@ -221,14 +223,15 @@ class Model(nn.Module):
         return jnp.full((tokens.shape[0],), tokens.shape[1] - 1, jnp.int32)
 
 
-def _mask(tokens, attention_mask, segment_ids, cache: Cache | None, start, window: int | None) -> jax.Array | None:
-    slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+def _mask(
+    tokens, attention_mask, segment_ids, cache: Cache | None, start, window: int | None, kernel: str | None
+) -> jax.Array | Mask | None:
+    length = tokens.shape[1]
     if cache is None:
-        return layers.visible(
-            slots, slots, key_mask_BxS=attention_mask, segments_BxT=segment_ids, causal=True, window=window
-        )
-    keys = jnp.arange(cache.valid.shape[1], dtype=jnp.int32)
-    return layers.visible(slots + start, keys, key_mask_BxS=cache.valid, causal=True, window=window)
+        own = {"key_mask_BxT": attention_mask, "segments_BxT": segment_ids}
+        return masks.among(length, kernel, **own, causal=True, window=window)
+    slots, keys = (jnp.arange(n, dtype=jnp.int32) for n in (length, cache.valid.shape[1]))
+    return masks.visible(slots + start, keys, key_mask_BxS=cache.valid, causal=True, window=window)
 
 
 def init_cache(config: Config, batch: int, length: int, dtype: Any) -> Cache:
