@@ -1,7 +1,8 @@
 """Which entries dropout leaves: one draw for the adapters' dropout and the models' own.
 
 `jax.random` on a CPU is a loop over arrays in memory, compiled anew for every use: of a step of a small encoder that
-was 15 % of the time and 40 % of the compilation. Here an entry's bits come from its place in the array by plain arithmetic, which a compiler puts into the pass that needs them. They are the same on every platform, jitted or not,
+was 15 % of the time and 40 % of the compilation. Here an entry's bits come from its place in the array by plain
+arithmetic, which a compiler puts into the pass that needs them. They are the same on every platform, jitted or not,
 under `vmap` and however the array is split over devices; a backward pass computes them again and keeps no mask.
 """
 
