@@ -22,6 +22,7 @@ cache = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]); known = cache.exi
 with open(sys.argv[1], "a") as file: file.write(sys.argv[2] + " ")
 pathlib.Path(os.environ["BENCHMARK_RESULT"]).write_text(json.dumps({
     "cores": len(os.sched_getaffinity(0)), "threads": int(os.environ["OMP_NUM_THREADS"]), "known": known,
+    "own": cache in pathlib.Path(os.environ["XDG_CACHE_HOME"]).parents,
     "huge": "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""), "cpu": os.environ.get("JAX_PLATFORMS") == "cpu"}))
 """
 
@@ -44,7 +45,7 @@ def test_sides_take_turns_and_get_the_same_machine(tmp_path):
     one = bench(tmp_path, side("a", SEES, turns, "a{repeat}", warm=True), side("b", SEES, turns, "b{repeat}"))
     one.run(["row"])
     assert turns.read_text().split() == ["a0", "a1", "b1", "a2", "b2"]
-    for name, value in (("cores", 1), ("threads", 1), ("huge", 1), ("cpu", 1)):
+    for name, value in (("cores", 1), ("threads", 1), ("huge", 1), ("cpu", 1), ("own", 1)):
         assert values(one.found, name) == [value] * 5
     assert values(one.found, "known", side="a") == [0, 1, 1], "what a warm side compiled is kept"
     assert values(one.found, "known", side="b") == [0, 0], "and of any other not"
