@@ -6,9 +6,9 @@ r"""How well does LoRA on query and value adapt a small sentence encoder to sent
 DIR/sst2 holds train/dev/test.jsonl with `text` and `label`. PEFT with these settings reaches 0.853, 0.841 and 0.838 dev
 accuracy after 300 steps with seeds 0, 1 and 2.
 
-Result (jax 0.10.2, 2 CPU cores, measured 2026-11-21): 0.852, 0.850 and 0.846 with seeds 0, 1 and 2, mean 0.849
-(PEFT 0.844); 128 s from the command to its end with nothing compiled before (PEFT 197 s beside it). The examples of a
-step share rows: 14 of 64 tokens in place of 32 of 48 to 64.
+Result (jax 0.10.2, 2 CPU cores, measured 2026-11-22): 0.856, 0.854 and 0.847 with seeds 0, 1 and 2, mean 0.852
+(PEFT 0.844); 146 s from the command to its end with nothing compiled before, 124 s compiled (PEFT 243 s in the same
+hour of a machine that has faster ones). The examples of a step share rows: 14 of 64 tokens in place of 32 of 48 to 64.
 """
 
 from configs import minilm
