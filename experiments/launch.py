@@ -47,7 +47,7 @@ def call(main: Callable[[], None]) -> int:
     """Runs a command whose flags are parsed; returns its exit code."""
     logging.getLogger("jax").setLevel(logging.WARNING)  # else every backend that is not there is reported
     kept.use(kept.usual())
-    # Tracing makes a million small objects, nearly all of which stay: looking through them again and again is 5 % of
+    # Tracing makes a million small objects, nearly all of which stay: looking through them again and again is 7 % of
     # the way to the first step.
     gc.freeze()
     gc.set_threshold(100_000)

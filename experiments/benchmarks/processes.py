@@ -85,11 +85,9 @@ def variables(machine: Machine, cache: Path, result: Path) -> dict[str, str]:
     """The environment of a process."""
     env = {**os.environ, "BENCHMARK_SPAWNED": repr(time.time()), "BENCHMARK_RESULT": str(result)}
     env |= {name: str(machine.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC")}
-    env |= {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # as commands do
-    env |= {"XDG_CACHE_HOME": str(cache / "kept")}  # tokenizers too are new where nothing was compiled before
+    # What commands keep by themselves (lora_jax.kept), in a place of the side's own: programs of any size, tokenizers.
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env |= {"XDG_CACHE_HOME": str(cache / "kept")}
     env |= {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
     env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
     env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
