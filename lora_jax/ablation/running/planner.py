@@ -28,6 +28,9 @@ DATA = (
 )  # fmt: skip
 WORTH = 1.25  # an arm may cost this much more in a pack than its own work
 MOST = 16  # arms of a pack
+CPU_TOKENS = (
+    8192  # of all arms of a pack; a CPU's products are as fast at a tenth, and more activations leave its caches
+)
 
 
 def _never(arm: Arm) -> bool:
@@ -53,29 +56,41 @@ class Shape(NamedTuple):
     random: Callable[[Arm], bool] = _never
 
 
-def plan(
-    arms: Sequence[Arm], shapes: Callable[[Arm], Shape], *, memory: float = math.inf, most: int = MOST
-) -> list[list[Arm]]:
+class Bounds(NamedTuple):
+    """What a pack may have.
+
+    Attributes:
+      memory: bytes that its arms may use beside the base.
+      most: arms; 1 packs nothing.
+      tokens: of a step of all its arms, padding included.
+    """
+
+    memory: float = math.inf
+    most: int = MOST
+    tokens: float = math.inf
+
+
+def plan(arms: Sequence[Arm], shapes: Callable[[Arm], Shape], bounds: Bounds | None = None) -> list[list[Arm]]:
     """Arms -> packs; a pack of one arm trains by itself.
 
     Args:
       arms: of a grid; the result depends on nothing else, so that a command that is run again makes the same packs.
       shapes: of an arm.
-      memory: bytes that the arms of a pack may use beside the base.
-      most: arms of a pack; 1 packs nothing.
+      bounds: of a pack; None is `Bounds()`.
     """
+    bounds = bounds or Bounds()
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
         groups.setdefault(_common(arm), []).append(arm)
     packs: list[list[Arm]] = []
     place = {arm.id: i for i, arm in enumerate(arms)}
     for group in groups.values():
-        if most == 1 or not packable(group[0]):
+        if bounds.most == 1 or not packable(group[0]):
             packs += [[arm] for arm in group]
             continue
         seeds = dict.fromkeys(arm.config.seed for arm in group)
-        own = [_divided([a for a in group if a.config.seed == seed], shapes, memory, most) for seed in seeds]
-        packs += _mixed([pack for divided in own for pack in divided], shapes, memory, most)
+        own = [_divided([a for a in group if a.config.seed == seed], shapes, bounds) for seed in seeds]
+        packs += _mixed([pack for divided in own for pack in divided], shapes, bounds)
     packs = [sorted(pack, key=lambda arm: place[arm.id]) for pack in packs]
     return sorted(packs, key=lambda pack: place[pack[0].id])
 
@@ -139,14 +154,14 @@ def _common(arm: Arm) -> str:
     return digest({name: value for name, value in identity_of(arm.config).items() if name not in (*DATA, "seed")})
 
 
-def _mixed(packs: list[list[Arm]], shapes: Callable[[Arm], Shape], memory: float, most: int) -> list[list[Arm]]:
+def _mixed(packs: list[list[Arm]], shapes: Callable[[Arm], Shape], bounds: Bounds) -> list[list[Arm]]:
     """Packs of one seed each -> fewer packs: each goes whole into the first one that has place for it."""
     if len(packs) == 1 or apart(packs[0][0], shapes(packs[0][0])):
         return packs
     known = {arm.id: shapes(arm) for pack in packs for arm in pack}
     found: list[list[list[Arm]]] = []  # of each new pack the old ones
     for pack in packs:
-        fits = (new for new in found if sum(map(len, new)) + len(pack) <= most and _mix([*new, pack], known, memory))
+        fits = (new for new in found if _mix([*new, pack], known, bounds))
         if (new := next(fits, None)) is None:
             found.append([pack])
         else:
@@ -154,9 +169,9 @@ def _mixed(packs: list[list[Arm]], shapes: Callable[[Arm], Shape], memory: float
     return [[arm for pack in new for arm in pack] for new in found]
 
 
-def _mix(packs: Sequence[Sequence[Arm]], known: Mapping[str, Shape], memory: float) -> bool:
+def _mix(packs: Sequence[Sequence[Arm]], known: Mapping[str, Shape], bounds: Bounds) -> bool:
     """Whether packs may become one, in which no arm shares what lies below its lowest adapted weight."""
-    if not _belongs([arm for pack in packs for arm in pack], known, memory):
+    if not _belongs([arm for pack in packs for arm in pack], known, bounds):
         return False
     whole = _union([known[arm.id].delta for pack in packs for arm in pack])
     return all(work(known[pack[0].id], whole) <= WORTH * _shared_work(pack, known) for pack in packs)
@@ -171,13 +186,13 @@ def _shared_work(pack: Sequence[Arm], known: Mapping[str, Shape]) -> float:
     return work(shape, whole) - below * (1 - 1 / len(pack))
 
 
-def _divided(group: Sequence[Arm], shapes: Callable[[Arm], Shape], memory: float, most: int) -> list[list[Arm]]:
+def _divided(group: Sequence[Arm], shapes: Callable[[Arm], Shape], bounds: Bounds) -> list[list[Arm]]:
     """The most expensive arm first, each into the first pack that has place for it."""
     known = {arm.id: shapes(arm) for arm in group}
     order = sorted(group, key=lambda arm: -work(known[arm.id]))
     packs: list[list[Arm]] = []
     for arm in order:
-        fitting = (p for p in packs if len(p) < most and _belongs([*p, arm], known, memory))
+        fitting = (p for p in packs if _belongs([*p, arm], known, bounds))
         if (pack := next(fitting, None)) is None:
             packs.append([arm])
         else:
@@ -186,11 +201,13 @@ def _divided(group: Sequence[Arm], shapes: Callable[[Arm], Shape], memory: float
     return [sorted(pack, key=lambda arm: place[arm.id]) for pack in packs]
 
 
-def _belongs(pack: Sequence[Arm], known: Mapping[str, Shape], memory: float) -> bool:
+def _belongs(pack: Sequence[Arm], known: Mapping[str, Shape], bounds: Bounds) -> bool:
     shapes = [known[arm.id] for arm in pack]
+    if len(pack) > bounds.most or sum(s.tokens for s in shapes) > bounds.tokens:
+        return False
     if not all(alike(shapes[0].delta, s.delta, fills(s.adapter) and fills(shapes[0].adapter)) for s in shapes[1:]):
         return False
-    if any(s.adapter.needs for s in shapes) or len(pack) * max(activations(s) for s in shapes) > memory:
+    if any(s.adapter.needs for s in shapes) or len(pack) * max(activations(s) for s in shapes) > bounds.memory:
         return False
     whole = work(shapes[0], _union([s.delta for s in shapes]))
     return all(whole <= WORTH * work(s) for s in shapes)
