@@ -20,8 +20,19 @@ from lora_jax.models.virtual_tokens import Beside
 LONG = 512  # queries; beyond, attention goes over them in chunks
 CHUNK = 256
 
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x) (Hendrycks and Gimpel 2016, arXiv 1606.08415), in float32 by erf, as torch has it; same dtype as x.
+
+    `jax.nn.gelu` takes erfc, which is exact to the last digit far below 0 as well (erf to 1e-7), at two series and an
+    exponential in place of one series: 2 % of a step of MiniLM on a CPU.
+    """
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_new": lambda x: nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
     "relu": lambda x: jnp.maximum(x, 0),

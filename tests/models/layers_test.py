@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 import lora_jax as lj
 from lora_jax.models import layers
@@ -29,6 +30,19 @@ def test_norms_of_bfloat16_are_computed_in_float32(norm):
     assert out.dtype == jnp.bfloat16
     # Half a unit in the last of 8 bits is at most 1/256: one rounding, not one per operation.
     assert (np.abs(np.asarray(out, np.float64) - exact) <= np.abs(exact) / 250).all()
+
+
+def test_gelu_is_the_exact_one_rounded_once():
+    x = np.linspace(-12, 12, 4801)
+    exact = lambda x: x * special.ndtr(x)  # noqa: E731
+    assert np.abs(np.asarray(layers.gelu(jnp.asarray(x, jnp.float32))) - exact(np.float32(x))).max() < 1e-6
+    slope = jax.vmap(jax.grad(layers.gelu))(jnp.asarray(x, jnp.float32))
+    assert np.abs(slope - (special.ndtr(x) + x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi))).max() < 1e-6
+    short = jnp.asarray(x, jnp.bfloat16)
+    out = layers.gelu(short)
+    assert out.dtype == jnp.bfloat16
+    expected = exact(np.asarray(short, np.float64))
+    assert (np.abs(np.asarray(out, np.float64) - expected) <= np.abs(expected) / 250 + 1e-6).all()
 
 
 def test_grouped_attention_equals_repeated_keys():
