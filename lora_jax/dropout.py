@@ -6,6 +6,7 @@ arithmetic, which a compiler puts into the pass that needs them. They are the sa
 under `vmap` and however the array is split over devices; a backward pass computes them again and keeps no mask.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -45,12 +46,18 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     words = jax.random.key_data(key)
     if words.shape != (2,):
         return jax.random.bits(key, shape, jnp.uint32)
+    return _of_places(words, shape)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _of_places(words_2: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`bits` for the words of a key; jitted, so that a model's many masks of one shape are traced once."""
     place, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in range(len(shape) - 1, 0, -1):
         place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
     row = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) if shape else place
-    return threefry(words, place, row)[0]
+    return threefry(words_2, place, row)[0]
 
 
 def threefry(key_2: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -68,6 +68,7 @@ SHARED = {
         "hf",
         "kernels",
         "layers",
+        "linear",
         "masks",
         "options",
         "registry",

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lora_jax.errors import UserError
-from lora_jax.models import kernels, layers, masks, virtual_tokens
+from lora_jax.models import kernels, layers, linear, masks, virtual_tokens
 from lora_jax.models.bert_config import Config
 from lora_jax.models.tensor import Tensor
 from lora_jax.models.virtual_tokens import Beside, Virtual
@@ -70,12 +70,12 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, tokens, token_types, positions, deterministic: bool, prompt_NxD=None):
         c = self.config
-        x = nn.Embed(c.vocab_size, c.hidden_size, name="word_embeddings")(tokens)
+        x = linear.Embed(c.vocab_size, c.hidden_size, name="word_embeddings")(tokens)
         if prompt_NxD is not None:
             rows = jnp.broadcast_to(prompt_NxD.astype(x.dtype)[None], (x.shape[0], *prompt_NxD.shape))
             x = jnp.concatenate([rows, x], axis=1)
-        x = x + nn.Embed(c.type_vocab_size, c.hidden_size, name="token_type_embeddings")(token_types)
-        x = x + nn.Embed(c.max_position_embeddings, c.hidden_size, name="position_embeddings")(positions)
+        x = x + linear.Embed(c.type_vocab_size, c.hidden_size, name="token_type_embeddings")(token_types)
+        x = x + linear.Embed(c.max_position_embeddings, c.hidden_size, name="position_embeddings")(positions)
         x = layers.LayerNorm(c.layer_norm_eps, name="norm")(x)
         return layers.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(x)
 
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         width, count = x_BxTxD.shape[-1], c.num_attention_heads
 
         def heads(name: str, x):
-            return nn.Dense(width, name=name)(x).reshape(*x.shape[:2], count, width // count)
+            return linear.Dense(width, name=name)(x).reshape(*x.shape[:2], count, width // count)
 
         k, v = (heads(name, x_BxTxD).transpose(0, 2, 1, 3) for name in ("key", "value"))
         asking = x_BxTxD
@@ -100,7 +100,7 @@ class Attention(nn.Module):
             beside = beside and beside._replace(mask_BxTxN=masks.take_queries(beside.mask_BxTxN, at_BxS))
         dropout = layers.active(layers.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic))
         out = layers.attend(heads("query", asking), k, v, mask, dropout, beside)
-        out = nn.Dense(width, name="output")(out)
+        out = linear.Dense(width, name="output")(out)
         out = layers.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(out)
         return layers.LayerNorm(c.layer_norm_eps, name="output_norm")(asking + out)
 
@@ -114,8 +114,8 @@ class Block(nn.Module):
     def __call__(self, x, mask, deterministic: bool, beside: Beside | None = None, at=None):
         c = self.config
         x = Attention(c, name="attention")(x, mask, deterministic, beside, at)
-        h = layers.ACTIVATIONS[c.hidden_act](nn.Dense(c.intermediate_size, name="intermediate")(x))
-        h = nn.Dense(c.hidden_size, name="output")(h)
+        h = layers.ACTIVATIONS[c.hidden_act](linear.Dense(c.intermediate_size, name="intermediate")(x))
+        h = linear.Dense(c.hidden_size, name="output")(h)
         h = layers.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(h)
         return layers.LayerNorm(c.layer_norm_eps, name="output_norm")(x + h)
 
@@ -176,10 +176,10 @@ class Model(nn.Module):
         pooled = encoder(x, mask, deterministic, virtual.prefix, at)
         if pool_at is None:
             pooled = pooled[:, 0]
-        pooled = jnp.tanh(nn.Dense(c.hidden_size, name="pooler")(pooled))
+        pooled = jnp.tanh(linear.Dense(c.hidden_size, name="pooler")(pooled))
         rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
         pooled = layers.Dropout(rate, deterministic=deterministic)(pooled)
-        return nn.Dense(c.num_labels, name="classifier")(pooled)
+        return linear.Dense(c.num_labels, name="classifier")(pooled)
 
     def _virtual(self, segment_ids) -> Virtual:
         """The call's virtual tokens; of length 0 where there are none."""

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.dropout import drop
 from lora_jax.errors import UserError, did_you_mean
 from lora_jax.models import kernels
+from lora_jax.models.linear import weight
 from lora_jax.models.masks import Mask
 from lora_jax.models.virtual_tokens import Beside
 
@@ -64,7 +65,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale_D = weight(self, "scale", nn.initializers.ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
         return y.astype(x.dtype) * _row(scale_D, x)
@@ -77,8 +78,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias_D = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale_D = weight(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        bias_D = weight(self, "bias", nn.initializers.zeros, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models import cache as caches
-from lora_jax.models import kernels, layers, masks, rotary, virtual_tokens
+from lora_jax.models import kernels, layers, linear, masks, rotary, virtual_tokens
 from lora_jax.models.cache import Cache, ReadPrompt
 from lora_jax.models.llama_config import Config
 from lora_jax.models.masks import Mask
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         b, t, _ = x_BxTxD.shape
 
         def heads(name: str, count: int):
-            flat = nn.Dense(count * c.head_dim, use_bias=c.qkv_bias, name=name)(x_BxTxD)
+            flat = linear.Dense(count * c.head_dim, use_bias=c.qkv_bias, name=name)(x_BxTxD)
             return flat.reshape(b, t, count, c.head_dim)
 
         q = rotary.rotate(heads("q_proj", c.num_attention_heads), *angles)
@@ -84,7 +84,7 @@ class Attention(nn.Module):
             k, v = caches.write(stored[0], k, start), caches.write(stored[1], v, start)
         dropout = layers.Dropout(c.attention_dropout, deterministic=deterministic)
         out = layers.attend(q, k, v, mask, layers.active(dropout), beside)
-        return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(out), (k, v)
+        return linear.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(out), (k, v)
 
 
 class MLP(nn.Module):
@@ -95,9 +95,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        gate = nn.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="gate_proj")(x)
-        up = nn.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="up_proj")(x)
-        return nn.Dense(c.hidden_size, use_bias=c.mlp_bias, name="down_proj")(
+        gate = linear.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="gate_proj")(x)
+        up = linear.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="up_proj")(x)
+        return linear.Dense(c.hidden_size, use_bias=c.mlp_bias, name="down_proj")(
             layers.ACTIVATIONS[c.hidden_act](gate) * up
         )
 
@@ -136,7 +136,7 @@ class Model(nn.Module):
         output: str | None = None,
     ):
         c = self.config
-        embed = nn.Embed(c.vocab_size, c.hidden_size, name="embed_tokens")
+        embed = linear.Embed(c.vocab_size, c.hidden_size, name="embed_tokens")
         x = embed(tokens)
         start = None
         if cache is not None:
@@ -207,9 +207,9 @@ class Model(nn.Module):
             x = x if pool_at is None else layers.take(x, pool_at)
             if c.tie_word_embeddings:
                 return embed.attend(x)
-            return nn.Dense(c.vocab_size, use_bias=False, name="lm_head")(x)
+            return linear.Dense(c.vocab_size, use_bias=False, name="lm_head")(x)
         at = pool_at if pool_at is not None else self._last(tokens, attention_mask, segment_ids)[:, None]
-        logits = nn.Dense(c.num_labels, use_bias=False, name="score")(layers.take(x, at))
+        logits = linear.Dense(c.num_labels, use_bias=False, name="score")(layers.take(x, at))
         return logits if pool_at is not None else logits[:, 0]
 
     def _last(self, tokens, attention_mask, segment_ids):

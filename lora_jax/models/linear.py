@@ -1,0 +1,73 @@
+"""Weights as a module reads them, and the two layers that are hardly more: a product and a table.
+
+What they compute is Linen's `Dense` and `Embed`, operation for operation. The difference is `weight`: `Module.param`
+traces the initializer at every call, only to compare shapes, and that is more than half of the time in which a model is
+traced. A run traces its model some six times before the first step.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lora_jax.errors import UserError
+
+
+def weight(module: nn.Module, name: str, initializer: Callable, shape: tuple[int, ...]) -> jax.Array:
+    """A weight of a module: the caller's, or where the module is initialized, what the initializer draws.
+
+    Args:
+      module: bound to a scope.
+      name: of the weight.
+      initializer: (key, shape) -> array.
+      shape: that it must have.
+
+    Raises:
+      UserError: it has another shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, initializer, shape)
+    value: jax.Array = module.get_variable("params", name)
+    if value.shape != shape:
+        path = "/".join((*module.path, name))
+        raise UserError(
+            f"the weight {path!r} has the shape {tuple(value.shape)}, but this model needs {shape}; are the variables "
+            "those of another config?"
+        )
+    return value
+
+
+class Dense(nn.Module):
+    """x W + b over the last axis, in the wider of both dtypes."""
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel_DxF = weight(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        bias_F = weight(self, "bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        dtype = jnp.result_type(x, kernel_DxF) if bias_F is None else jnp.result_type(x, kernel_DxF, bias_F)
+        contract = (((x.ndim - 1,), (0,)), ((), ()))
+        y = jax.lax.dot_general(x.astype(dtype), kernel_DxF.astype(dtype), contract)
+        return y if bias_F is None else y + bias_F.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class Embed(nn.Module):
+    """A table of one row per id; `attend` gives the products with all rows, for a model that ties its head to it."""
+
+    num_embeddings: int
+    features: int
+
+    def setup(self):
+        shape = (self.num_embeddings, self.features)
+        self.embedding = weight(self, "embedding", nn.initializers.normal(), shape)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding, ids, axis=0)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """(..., features) -> (..., num_embeddings)."""
+        dtype = jnp.result_type(x, self.embedding)
+        return jnp.dot(x.astype(dtype), self.embedding.astype(dtype).T)
