@@ -25,12 +25,12 @@ from lora_jax.ablation.running import describe, launchers, planner, run
 from lora_jax.errors import UserError
 
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the arms and what they cost, and train nothing.")
-TOGETHER = flags.DEFINE_integer(
-    "arms_together", None,
-    f"Arms that train in one program at most, 1 packs none; {planner.MOST} unless told, on a CPU as many as make "
-    f"{planner.CPU_TOKENS} tokens.",
-)  # fmt: skip
-MEMORY = flags.DEFINE_float("memory_gb", None, "Memory for the arms of a pack; half of the machine's unless told.")
+TOGETHER = flags.DEFINE_integer("arms_together", planner.MOST, "Arms that train in one program at most; 1 packs none.")
+MEMORY = flags.DEFINE_float(
+    "memory_gb",
+    None,
+    "Memory for the arms of a pack; unless told half of the machine's, on a CPU at most 3: more is slower.",
+)
 LAUNCHER = flags.DEFINE_string("launcher", "local", f"Where arms train: {', '.join(launchers.launchers())}.")
 OPTIONS = flags.DEFINE_list("launcher_options", [], "Its own options: gpus=1,cpus=4.")
 RETRY = flags.DEFINE_bool("retry_failed", False, "Train arms that failed again.")
@@ -40,7 +40,7 @@ def main() -> None:
     cfg, file = launch.config(), launch.config_file()
     if file is None:
         raise UserError("--config=FILE is needed: an ablation, such as configs/ablations/rank.py")
-    if TOGETHER.value is not None and TOGETHER.value < 1:
+    if TOGETHER.value < 1:
         raise UserError(f"--arms_together={TOGETHER.value}: expected at least 1, which trains each arm by itself")
     variant = functools.partial(config_lib.variant, cfg, overrides=launch.overrides())
     arms = expand(launch.load_sweep(file, cfg), variant, launch.overrides())

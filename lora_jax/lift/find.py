@@ -1,11 +1,9 @@
 """`find_sites`: what the axes of every weight mean, read from how the function uses it.
 
 The function is traced abstractly (nothing is computed) with a probe in place of each weight. A probe remembers which
-axes
-of the original weight its present axes came from, through transposes, reshapes, slices and scans; when a product
-consumes
-it, the contracted axes are fan_in, shared and scanned ones batch, the others fan_out. Nothing is guessed from shapes: a
-square matrix is as clear as any other.
+axes of the original weight its present axes came from, through transposes, reshapes, slices and scans; when a product
+consumes it, the contracted axes are fan_in, shared and scanned ones batch, the others fan_out. Nothing is guessed from
+shapes: a square matrix is as clear as any other.
 """
 
 import dataclasses

@@ -28,9 +28,7 @@ DATA = (
 )  # fmt: skip
 WORTH = 1.25  # an arm may cost this much more in a pack than its own work
 MOST = 16  # arms of a pack
-CPU_TOKENS = (
-    8192  # of all arms of a pack; a CPU's products are as fast at a tenth, and more activations leave its caches
-)
+CPU_MEMORY = 3e9  # of a pack; a CPU's products are as fast at one arm's size, and more than this leaves its caches
 
 
 def _never(arm: Arm) -> bool:
@@ -62,12 +60,10 @@ class Bounds(NamedTuple):
     Attributes:
       memory: bytes that its arms may use beside the base.
       most: arms; 1 packs nothing.
-      tokens: of a step of all its arms, padding included.
     """
 
     memory: float = math.inf
     most: int = MOST
-    tokens: float = math.inf
 
 
 def plan(arms: Sequence[Arm], shapes: Callable[[Arm], Shape], bounds: Bounds | None = None) -> list[list[Arm]]:
@@ -203,7 +199,7 @@ def _divided(group: Sequence[Arm], shapes: Callable[[Arm], Shape], bounds: Bound
 
 def _belongs(pack: Sequence[Arm], known: Mapping[str, Shape], bounds: Bounds) -> bool:
     shapes = [known[arm.id] for arm in pack]
-    if len(pack) > bounds.most or sum(s.tokens for s in shapes) > bounds.tokens:
+    if len(pack) > bounds.most:
         return False
     if not all(alike(shapes[0].delta, s.delta, fills(s.adapter) and fills(shapes[0].adapter)) for s in shapes[1:]):
         return False

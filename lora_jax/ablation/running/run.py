@@ -4,7 +4,6 @@ The directories of the runs are the truth: an arm is done if its summary.json is
 `results.csv` is made from them anew whenever an arm ends, so it can never disagree with them.
 """
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ def run(
     described: GridFile,
     *,
     launch: launchers.Launch | None = None,
-    most: int | None = None,
+    most: int = planner.MOST,
     memory: float | None = None,
     shapes: "Shapes | None" = None,
     retry: bool = False,
@@ -48,8 +47,8 @@ def run(
       workdir: of the ablation.
       described: for grid.json.
       launch: trains packs; None does it in this process, one after the other.
-      most: arms of a pack; None lets the device decide (`usual_bounds`).
-      memory: bytes that a pack may use beside the base; None takes half of what the machine has.
+      most: arms of a pack.
+      memory: bytes that a pack may use beside the base; None is `usual_memory`.
       shapes: what is known of models and data already.
       retry: trains failed arms again, where a worker died or a disk was full.
       echo: takes what is shown.
@@ -60,20 +59,17 @@ def run(
     Raises:
       Interrupted: a signal came; the same command goes on.
     """
-    workdir, known, bounds = Path(workdir), shapes or Shapes(), usual_bounds()
-    if most is not None:
-        bounds = bounds._replace(most=most, tokens=math.inf)
-    if memory is not None:
-        bounds = bounds._replace(memory=memory)
+    workdir, known = Path(workdir), shapes or Shapes()
+    bounds = planner.Bounds(usual_memory() if memory is None else memory, most)
     for arm in arms if retry else ():
         (run_folder(workdir, arm.id) / FAILURE).unlink(missing_ok=True)
     with interrupted_by_signals(workdir), Board(arms, workdir, described, echo) as board:
         board.write()
         good = [arm for arm in arms if fits(arm, workdir, known)]
         packs = planner.plan(good, known, bounds)
-        todo = unfinished(good, packs, workdir, bounds.most)
+        todo = unfinished(good, packs, workdir, most)
         board.begin(todo)
-        for why in planner.reasons(good, known) if todo and bounds.most > 1 else ():
+        for why in planner.reasons(good, known) if todo and most > 1 else ():
             board.say(why)
         if todo:
             (launch or launchers.make("local"))(todo, workdir, board)
@@ -166,14 +162,10 @@ class Shapes:
         return self._bases[name]
 
 
-def usual_bounds() -> planner.Bounds:
-    """Of a pack on this device: large products keep an accelerator busy, and on a CPU they gain nothing."""
-    tokens = planner.CPU_TOKENS if jax.default_backend() == "cpu" else math.inf
-    return planner.Bounds(memory=usable_memory(), tokens=tokens)
-
-
-def usable_memory() -> float:
-    """Half of the memory of the device, or of the machine where the device does not tell."""
+def usual_memory() -> float:
+    """Half of the memory of the device, or of the machine where the device does not tell; on a CPU 3 GB at most."""
+    if jax.default_backend() == "cpu":
+        return min(planner.CPU_MEMORY, 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return 0.5 * stats["bytes_limit"]

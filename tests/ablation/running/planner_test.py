@@ -17,7 +17,7 @@ def small(monkeypatch):
     monkeypatch.setattr(planner, "MOST", 16)
 
 
-def packs(grid, memory=float("inf"), most=16, tokens=float("inf"), **changes):
+def packs(grid, memory=float("inf"), most=16, **changes):
     """Labels of the arms of each pack; the model is the embedded one."""
     cfg = config.default()
     for name, value in changes.items():
@@ -25,7 +25,7 @@ def packs(grid, memory=float("inf"), most=16, tokens=float("inf"), **changes):
         (cfg[section] if field else cfg)[field or section] = value
     cfg.train.steps = 2
     arms = expand(grid, functools.partial(config.variant, cfg))
-    bounds = planner.Bounds(memory, most, tokens)
+    bounds = planner.Bounds(memory, most)
     ARMS.append(arms)
     return [[arm.label for arm in pack] for pack in planner.plan(arms, SHAPES, bounds)]
 
@@ -80,16 +80,24 @@ def test_seeds_train_apart_where_an_arm_would_not_be_the_run_alone():
         assert not why or why[0].startswith("seeds train apart in 2 of 2 arms: ")
 
 
-def test_memory_tokens_and_the_flag_bound_a_pack():
+def test_a_pack_on_a_cpu_keeps_what_fits_its_caches(monkeypatch):
+    """Where a device has memory of its own, half of that counts."""
+    assert run.usual_memory() <= planner.CPU_MEMORY
+    monkeypatch.setattr(planner, "CPU_MEMORY", 1.0)
+    assert run.usual_memory() == 1.0
+    monkeypatch.setattr(run.jax, "default_backend", lambda: "gpu")
+    assert run.usual_memory() > 1e9
+
+
+def test_memory_and_the_flag_bound_a_pack():
     grid = axis("train.learning_rate", [1e-3, 2e-3, 3e-3, 4e-3])
-    step = dict(train__batch_size=4, data__max_length=32)
-    assert [len(pack) for pack in packs(grid, tokens=3 * 4 * 32, **step)] == [3, 1]
-    assert [len(pack) for pack in packs(grid, tokens=1, **step)] == [1, 1, 1, 1]
-    seeds = product(axis("seed", [0, 1]), axis("train.learning_rate", [1e-3, 2e-3]))
-    assert [len(pack) for pack in packs(seeds, tokens=3 * 4 * 32, **step)] == [2, 2], "mixing seeds is bound too"
     assert [len(pack) for pack in packs(grid, most=3)] == [3, 1]
     assert [len(pack) for pack in packs(grid, most=1)] == [1, 1, 1, 1]
     assert [len(pack) for pack in packs(grid, memory=1.0)] == [1, 1, 1, 1]
+    own = planner.activations(SHAPES(ARMS[-1][0]))
+    assert [len(pack) for pack in packs(grid, memory=3.5 * own)] == [3, 1]
+    seeds = product(axis("seed", [0, 1]), axis("train.learning_rate", [1e-3, 2e-3]))
+    assert [len(pack) for pack in packs(seeds, memory=3.5 * own)] == [2, 2], "mixing seeds is bound too"
 
 
 def test_what_starts_from_data_and_what_has_a_mesh_trains_alone():
