@@ -54,7 +54,7 @@ def main() -> None:
         arms, config, *shapes.task(config), question=launch.docstring(file),
         command=shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]]),
     )  # fmt: skip
-    memory = None if MEMORY.value is None else MEMORY.value * 1e9
+    memory = run.usual_memory(here=LAUNCHER.value == "local") if MEMORY.value is None else MEMORY.value * 1e9
     rows = run.run(
         arms, folder, described, launch=launcher, most=TOGETHER.value, memory=memory, shapes=shapes, retry=RETRY.value
     )

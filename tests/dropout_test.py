@@ -82,3 +82,20 @@ def test_nothing_is_kept_for_the_backward_pass():
     program = jax.jit(jax.grad(jax.checkpoint(loss))).lower(jnp.ones((512, 512)), jax.random.key(0)).compile()
     assert "while" not in program.as_text()  # one pass, no loop over arrays in memory
     assert program.memory_analysis().temp_size_in_bytes < 512 * 512
+
+
+def test_masks_of_one_shape_share_a_trace():
+    twice = jax.make_jaxpr(lambda key, x: drop(key, 0.1, x) + drop(jax.random.fold_in(key, 1), 0.2, x))
+    steps = twice(jax.random.key(0), jnp.ones((3, 4))).eqns
+    bodies = [eqn.params["jaxpr"] for eqn in steps if eqn.params.get("name") == "_of_places"]
+    assert len(bodies) == 2 and bodies[0] is bodies[1]
+
+
+@pytest.mark.parametrize("spec", [("x",), (None, "x")], ids=["rows", "columns"])
+def test_the_same_entries_go_on_a_mesh_and_nothing_is_gathered(spec):
+    x, key = jnp.ones((16, 24)), jax.random.key(3)
+    mesh = jax.make_mesh((8,), ("x",))
+    split = jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
+    program = jax.jit(lambda x: drop(key, 0.5, x)).lower(split).compile()
+    np.testing.assert_array_equal(program(split), drop(key, 0.5, x))
+    assert "all-gather" not in program.as_text() and program(split).sharding.is_equivalent_to(split.sharding, 2)

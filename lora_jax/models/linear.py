@@ -1,8 +1,8 @@
 """Weights as a module reads them, and the two layers that are hardly more: a product and a table.
 
-What they compute is Linen's `Dense` and `Embed`, operation for operation. The difference is `weight`: `Module.param`
-traces the initializer at every call, only to compare shapes, and that is more than half of the time in which a model is
-traced. A run traces its model some six times before the first step.
+What they compute is Linen's `Dense` and `Embed`. The difference is `weight`: `Module.param` traces the initializer at
+every call, only to compare shapes, and that is more than half of the time in which a model is traced. A run traces its
+model some six times before the first step.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,11 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.errors import UserError
+
+OTHER = "are they those of another config?"
 
 
 def weight(module: nn.Module, name: str, initializer: Callable, shape: tuple[int, ...]) -> jax.Array:
@@ -24,18 +27,22 @@ def weight(module: nn.Module, name: str, initializer: Callable, shape: tuple[int
       shape: that it must have.
 
     Raises:
-      UserError: it has another shape.
+      UserError: there is none, it is no array, or it has another shape.
     """
-    if not module.has_variable("params", name):
+    if module.is_initializing():
         return module.param(name, initializer, shape)
-    value: jax.Array = module.get_variable("params", name)
-    if value.shape != shape:
-        path = "/".join((*module.path, name))
+    path = "/".join((*module.path, name))
+    if not module.has_variable("params", name):
+        raise UserError(f"the variables have no weight {path!r}; {OTHER}")
+    value = nn.meta.unbox(module.get_variable("params", name))
+    if not isinstance(value, (jax.Array, np.ndarray)):
         raise UserError(
-            f"the weight {path!r} has the shape {tuple(value.shape)}, but this model needs {shape}; are the variables "
-            "those of another config?"
+            f"the weight {path!r} is a {type(value).__name__}, which this function does not know: call it as "
+            "lj.lift(apply), which takes adapted and quantized weights"
         )
-    return value
+    if value.shape != shape:
+        raise UserError(f"the weight {path!r} has the shape {value.shape}, but this model needs {shape}; {OTHER}")
+    return value  # type: ignore[return-value]
 
 
 class Dense(nn.Module):
@@ -65,6 +72,8 @@ class Embed(nn.Module):
         self.embedding = weight(self, "embedding", nn.initializers.normal(), shape)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
+        if self.num_embeddings == 1:  # as in Linen: whatever the ids
+            return jnp.broadcast_to(self.embedding, (*ids.shape, self.features))
         return jnp.take(self.embedding, ids, axis=0)
 
     def attend(self, x: jax.Array) -> jax.Array:

@@ -51,8 +51,12 @@ def world(folder: Path, sweep: str = ENDS, steps: int = 40) -> Path:
 def spawn(
     file: Path, workdir: Path, *more: str, most: int = 4, cwd: Path = ROOT, **environment: str
 ) -> subprocess.Popen:
-    """`python -m experiments.ablate` as a process."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    """`python -m experiments.ablate` as a process.
+
+    Compiled programs are shared by all that have one config file, and by nobody else: some of them are killed.
+    """
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(file.parent / "cache")}
+    env |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     line = [
         sys.executable,
         "-m",

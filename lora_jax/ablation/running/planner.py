@@ -28,7 +28,7 @@ DATA = (
 )  # fmt: skip
 WORTH = 1.25  # an arm may cost this much more in a pack than its own work
 MOST = 16  # arms of a pack
-CPU_MEMORY = 3e9  # of a pack; a CPU's products are as fast at one arm's size, and more than this leaves its caches
+CPU_MEMORY = 3e9  # of a pack, as `activations` estimates; beyond, arms of MiniLM were slower together than alone
 
 
 def _never(arm: Arm) -> bool:

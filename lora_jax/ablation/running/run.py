@@ -162,11 +162,14 @@ class Shapes:
         return self._bases[name]
 
 
-def usual_memory() -> float:
-    """Half of the memory of the device, or of the machine where the device does not tell; on a CPU 3 GB at most."""
-    if jax.default_backend() == "cpu":
-        return min(planner.CPU_MEMORY, 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+def usual_memory(here: bool = True) -> float:
+    """Half of the memory of the device, or of the machine where the device does not tell; of a CPU 3 GB at most.
+
+    Args:
+      here: arms train on this machine; others may be of another kind, so that nothing is known of them.
+    """
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return 0.5 * stats["bytes_limit"]
-    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole = 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(planner.CPU_MEMORY, whole) if here and jax.default_backend() == "cpu" else whole
