@@ -7,7 +7,7 @@ DIR/sst2 holds train/dev/test.jsonl with `text` and `label`. PEFT with these set
 accuracy after 300 steps with seeds 0, 1 and 2.
 
 Result (jax 0.10.2, 2 CPU cores, measured 2026-11-22): 0.856, 0.854 and 0.847 with seeds 0, 1 and 2, mean 0.852
-(PEFT 0.844); 146 s from the command to its end with nothing compiled before, 124 s compiled (PEFT 243 s in the same
+(PEFT 0.844); 138 s from the command to its end with nothing compiled before, 127 s compiled (PEFT 251 s in the same
 hour of a machine that has faster ones). The examples of a step share rows: 14 of 64 tokens in place of 32 of 48 to 64.
 """
 
