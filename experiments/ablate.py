@@ -29,7 +29,7 @@ TOGETHER = flags.DEFINE_integer("arms_together", planner.MOST, "Arms that train 
 MEMORY = flags.DEFINE_float(
     "memory_gb",
     None,
-    "Memory for the arms of a pack; unless told half of the machine's, on a CPU at most 3: more is slower.",
+    "Memory for the arms of a pack; unless told half of the machine's, and at most 3 where its CPU trains.",
 )
 LAUNCHER = flags.DEFINE_string("launcher", "local", f"Where arms train: {', '.join(launchers.launchers())}.")
 OPTIONS = flags.DEFINE_list("launcher_options", [], "Its own options: gpus=1,cpus=4.")

@@ -2,13 +2,13 @@
 
 FLOPs are those of the step as it is lowered for the compiler; nothing is compiled or run. Activations are what
 `jax.vjp` keeps for the backward pass, without the weights that it merely passes on. Both are estimates: a compiler
-fuses and reorders. On MiniLM with a classifier, 32 rows of 64 tokens (CPU, jax 0.10.2, measured 2026-11-21):
+fuses and reorders. On MiniLM with a classifier, 32 rows of 64 tokens (CPU, jax 0.10.2, measured 2026-11-22):
 
     adapter                   GFLOP a step, compiled   MB of activations, compiled's temporaries
-    lora on q,v, all layers         92.3      93.0               739     627
-    lora on q,v, last layer         53.0      53.3               226     186
-    full                           137.4     138.2               887     828
-    head                            47.0      47.3               127     183
+    lora on q,v, all layers         82.0      83.2               176     237
+    lora on q,v, last layer         42.0      41.9                66      63
+    full                           121.4     124.7               191     321
+    head                            41.8      41.7                59      63
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax import adapters, optim, quant, trees
 from lora_jax.adapters.parts.ranks import default_targets
@@ -196,7 +195,7 @@ def _new_bytes(residuals: Any, there: Any) -> int:
 
 
 def _kind(leaf: Any) -> tuple[tuple[int, ...], Any]:
-    return tuple(leaf.shape), np.dtype(leaf.dtype)
+    return tuple(leaf.shape), leaf.dtype  # of a key too, which a backward pass keeps to draw dropout again
 
 
 def _flops(lowered: Any) -> float:

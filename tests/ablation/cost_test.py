@@ -1,8 +1,10 @@
 """What an arm costs: counted like the run counts it, from shapes alone, and near what the compiler says."""
 
 import functools
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import standin
@@ -46,6 +48,22 @@ def test_the_estimate_is_near_the_compiled_step():
     assert found.slot_bytes == nbytes(state.opt_state)
     np.testing.assert_allclose(found.step_flops, flops, rtol=0.05)
     assert found.run_flops == found.step_flops * 10 and found.peak_bytes > found.base_bytes + found.delta_bytes
+
+
+def test_a_base_that_draws_dropout():
+    """Its backward pass keeps the key, which is no number."""
+    sizes = {"vocab_size": standin.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 16}
+    task = types.SimpleNamespace(
+        inputs=lambda batch: {"tokens": batch["tokens"]},
+        loss=lambda outputs, batch: (jnp.sum(outputs**2), jnp.ones(())),
+    )
+    found = {}
+    for rate in (0.0, 0.1):
+        base = lj.from_config({"model_type": "bert", **sizes}, num_labels=2, dropout=rate)
+        found[rate] = estimate(base, lj.lora(rank=4), task, SETTINGS, BATCH, steps=10)
+    assert 0 <= found[0.1].activation_bytes - found[0.0].activation_bytes <= 64, "a key, and no mask"
+    assert found[0.1].step_flops > found[0.0].step_flops
 
 
 def test_fewer_layers_cost_less_and_a_higher_rank_more():
