@@ -1,5 +1,7 @@
 """The commands on a small world, end to end: what one writes, the next one reads."""
 
+import contextlib
+import io
 import json
 import re
 
@@ -33,15 +35,25 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(world):
     """The finished run and what it printed."""
-    import contextlib
-    import io
-
     flags, folder = world
+    return folder, finished("train", *flags)
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained):
+    """The finished run, evaluated on its test split."""
+    folder, _ = trained
+    finished("evaluate", f"--workdir={folder}", "--split=test")
+    return folder
+
+
+def finished(name, *arguments):
+    """What a command that must end well printed. (Fixtures of a module have no capsys.)"""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        ended = commands.run("train", *flags)
+        ended = commands.run(name, *arguments)
     assert ended == 0, err.getvalue()
-    return folder, out.getvalue()
+    return out.getvalue()
 
 
 def test_train_shows_and_writes(trained):
@@ -67,10 +79,8 @@ def test_training_improved_dev(trained):
     assert after < before - 0.5
 
 
-def test_evaluate_finds_the_same_numbers(trained, capsys):
-    folder, _ = trained
-    ended = commands.command(capsys, "evaluate", f"--workdir={folder}", "--split=test")
-    assert ended.code == 0, ended.err
+def test_evaluate_finds_the_same_numbers(evaluated):
+    folder = evaluated
     summary = json.loads((folder / "summary.json").read_text())
     found = json.loads((folder / "evaluation" / "test.json").read_text())
     assert found["examples"] == 3
@@ -80,8 +90,8 @@ def test_evaluate_finds_the_same_numbers(trained, capsys):
     assert [row["references"] for row in rows] == [[p["completion"]] for p in PAIRS[4:7]]
 
 
-def test_generate_uses_the_adapter_and_the_template(trained, capsys):
-    folder, _ = trained
+def test_generate_uses_the_adapter_and_the_template(evaluated, capsys):
+    folder = evaluated
     ended = commands.command(capsys, "generate", f"--workdir={folder}", "--prompt=count 1", "--prompt=count 2")
     assert ended.code == 0, ended.err
     rows = [json.loads(line) for line in (folder / "evaluation" / "test.jsonl").read_text().splitlines()]
