@@ -28,7 +28,7 @@ SIDES = flags.DEFINE_list("sides", None, "Which sides of them, such as ours; all
 REPEATS = flags.DEFINE_integer("repeats", 3, "How often each side runs.")
 TOY = flags.DEFINE_bool("toy", False, "Tiny sizes, on CPU: everything runs, no number means anything.")
 DATA = flags.DEFINE_string("data", None, "Directory of sst2's train/dev/test.jsonl; $LORA_JAX_DATA/sst2 unless told.")
-PEER_ARMS = flags.DEFINE_integer("peer_arms", 0, "Arms of the grid that the peer trains; 0 = all, else extrapolated.")
+PEER_ARMS = flags.DEFINE_integer("peer_arms", 0, "Arms of the grid that the peer trains; 0 = all, else in proportion.")
 THREADS = flags.DEFINE_integer("threads", 0, "Cores and threads of every side; 0 = all that there are.")
 MINUTES = flags.DEFINE_float("minutes", 60, "After so long a process is stopped and counts as failed.")
 DOCS = flags.DEFINE_string("docs", None, "A page that the table is written into, between its two markers.")
