@@ -108,6 +108,13 @@ class DoRAWeight(LoRAWeight):
 register(DoRAWeight, meta=("dropout", "norm_gradient"))
 
 
+def squared_norms(leaf: Any, site: Any) -> jax.Array:
+    """||W||**2 of every output, (*batch, *fan_out) float32; of a quantized weight, those of what it stands for."""
+    w = jnp.asarray(dense(leaf), jnp.float32)
+    outputs = (*site.batch, *site.fan_out)
+    return jnp.sum(w.transpose(*outputs, *site.fan_in) ** 2, axis=tuple(range(len(outputs), w.ndim)))
+
+
 def dora(
     rank: Any = 8,
     alpha: Any = 16,
@@ -148,9 +155,7 @@ def dora(
 
     def make(key, leaf, site, option):
         one = start(key, leaf, site, option, init)
-        w = jnp.asarray(dense(leaf), jnp.float32)
-        outputs = (*site.batch, *site.fan_out)
-        norm2 = jnp.sum(w.transpose(*outputs, *site.fan_in) ** 2, axis=tuple(range(len(outputs), w.ndim)))
+        norm2 = squared_norms(leaf, site)
         fields = {f.name: getattr(one, f.name) for f in dataclasses.fields(one)}
         return DoRA(**fields, magnitude=jnp.sqrt(norm2), norm2=norm2)
 

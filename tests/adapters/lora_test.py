@@ -223,7 +223,8 @@ def test_mistakes_at_init(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dropout": 1.5}, "dropout=1.5: expected a number from 0 to 1"),
+        ({"dropout": 1.5}, "dropout=1.5: expected 0 <= dropout < 1"),
+        ({"dropout": 1.0}, "dropout=1.0: expected 0 <= dropout < 1 .at 1 nothing would reach the adapter"),
         ({"scaling": "alpha/rr"}, "lora: scaling='alpha/rr' is unknown; did you mean 'alpha/r'?"),
         (
             {"init": "gauss"},

@@ -1,17 +1,19 @@
 """QLoRA as a run: `--config.quant=nf4` through training, evaluation, generation and export."""
 
 import json
+import types
 
+import jax
 import numpy as np
 import pytest
 
 import lora_jax as lj
 from lora_jax import config as config_lib
 from lora_jax import models, quant, tiny, trees
-from lora_jax.assemble import load_adapter
+from lora_jax.assemble import load_adapter, save_adapter
 from lora_jax.lift import is_adapted
 from tests import commands
-from tests.lift.checks import bits_equal, close
+from tests.lift.checks import bits_equal, close, furthest
 
 SMALL = [
     "--config.train.steps=6", "--config.train.batch_size=8", "--config.train.eval_every=3", "--config.data.limit=16",
@@ -76,6 +78,28 @@ def test_export_merges_into_what_the_adapter_was_trained_on(run, base, tmp_path,
     )
     with pytest.raises(lj.UserError, match="merge the adapter first, then dequantize"):
         models.save_pretrained(tmp_path / "no", base, base.variables)
+
+
+REFUSED = {"full", "layers", "head"}  # they train weights themselves, and these are quantized
+
+
+@pytest.mark.parametrize("method", sorted(set(lj.methods()) - REFUSED - {"chain"}) + ["pissa", "olora"])
+def test_what_is_saved_is_read_again(method, base, tmp_path):
+    """In PEFT's format where it has the method, else in ours; the same output, which is not the base's."""
+    init = {"init": method} if method in ("pissa", "olora") else {}
+    name, options = ("lora" if init else method), dict(init)
+    if "targets" in lj.adapters.options(name) and name not in ("bitfit", "layernorm"):
+        options["targets"] = "q,v"
+    adapter = lj.adapters.get(name)(**options)
+    delta = adapter.init(jax.random.key(0), base.variables, base.sites)
+    noise = lambda on, x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape, x.dtype) if on else x  # noqa: E731
+    delta = jax.tree.map(noise, adapter.trainable(delta), delta)
+    save_adapter(tmp_path, types.SimpleNamespace(adapter=adapter, base=base), delta)
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6) + 5
+    output = lambda adapter, delta: lj.lift(base.apply)(adapter.bind(base.variables, delta), tokens)  # noqa: E731
+    mine = output(adapter, delta)
+    close(output(*load_adapter(tmp_path, base)), mine, 1e-5)
+    assert furthest(mine, base.apply(base.variables, tokens)) > 1e-3
 
 
 def test_a_quantized_base(base):

@@ -118,9 +118,9 @@ def check_number(method: str, name: str, value: Any, least: float = -math.inf) -
 
 
 def check_dropout(dropout: Any) -> None:
-    """Raises if a dropout rate is none."""
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout <= 1.0:
-        raise UserError(f"dropout={dropout!r}: expected a number from 0 to 1")
+    """Raises if a dropout rate is none, or leaves nothing to train on."""
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+        raise UserError(f"dropout={dropout!r}: expected 0 <= dropout < 1 (at 1 nothing would reach the adapter)")
 
 
 def _number(value: Any) -> float:

@@ -17,13 +17,14 @@ import numpy as np
 
 from lora_jax import trees
 from lora_jax.adapters import Adapter, get
-from lora_jax.adapters.dora import DoRA
+from lora_jax.adapters.dora import DoRA, squared_norms
 from lora_jax.adapters.lora import LoRA
 from lora_jax.adapters.parts import inits
 from lora_jax.adapters.parts.ranks import SCALINGS
 from lora_jax.errors import UserError
 from lora_jax.export import peft_modules as modules
 from lora_jax.export import peft_names as names
+from lora_jax.lift.nodes import dense
 from lora_jax.lift.weight import Axes, is_adapted
 
 METHODS = ("lora", "dora")
@@ -158,11 +159,8 @@ def _entry(config, tensors, base, path, module, rank, scale, file) -> LoRA:
     )  # fmt: skip
     if not config.get("use_dora"):
         return LoRA(**fields)
-    weight = np.asarray(trees.flatten(base.variables)[path], np.float32)
-    shape = site.dims(site.fan_out)
-    magnitude = names.take(tensors, names.PREFIX + module + MAGNITUDE, (n_out,), file).reshape(shape)
-    norm2 = jnp.asarray(np.sum(weight**2, axis=site.fan_in)).reshape(shape)
-    return DoRA(**fields, magnitude=jnp.asarray(magnitude), norm2=norm2)
+    magnitude = names.take(tensors, names.PREFIX + module + MAGNITUDE, (n_out,), file).reshape(site.dims(site.fan_out))
+    return DoRA(**fields, magnitude=jnp.asarray(magnitude), norm2=squared_norms(_leaf(base, path), site))
 
 
 def _check_tied(config: Mapping, tensors: dict, site: Any, own: tuple, rank: int, file: Path) -> None:
@@ -190,7 +188,7 @@ def _check_base_layer(tensors: dict, module: str, base: Any, path: str, file: Pa
     key = names.PREFIX + module + names.BASE_LAYER
     if key in tensors:
         tensor = base.family.tensors(base.config, base.num_labels)[path]
-        own = np.asarray(trees.flatten(base.variables)[path], np.float32)
+        own = np.asarray(dense(_leaf(base, path)), np.float32)
         given = tensors.pop(key).astype(np.float32)
         given = given.T if tensor.transpose else given
         if own.shape != given.shape or not np.allclose(own, given, atol=1e-6):
