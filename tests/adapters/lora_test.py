@@ -224,7 +224,7 @@ def test_mistakes_at_init(options, message):
     ("options", "message"),
     [
         ({"dropout": 1.5}, "dropout=1.5: expected 0 <= dropout < 1"),
-        ({"dropout": 1.0}, "dropout=1.0: expected 0 <= dropout < 1 .at 1 nothing would reach the adapter"),
+        ({"dropout": 1.0}, "dropout=1.0: expected 0 <= dropout < 1 (at 1 nothing would reach"),
         ({"scaling": "alpha/rr"}, "lora: scaling='alpha/rr' is unknown; did you mean 'alpha/r'?"),
         (
             {"init": "gauss"},
