@@ -73,6 +73,15 @@ def make_batches(
     )
 
 
+def cut_notice(task: Any, batches: Batches, max_length: int | None) -> list[str]:
+    """A line about texts that are cut, or none. An example that fills its row may also just fit: it is not known."""
+    if not task.cuts or not batches.full:
+        return []
+    return [
+        f"{batches.full:,} of {batches.examples:,} training texts fill max_length={max_length}: what was longer is cut"
+    ]
+
+
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh | None, *, check: bool = True) -> Fed:
     """Sends one batch off; its leading axis is split over the mesh's data and fsdp axes.
 

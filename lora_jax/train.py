@@ -91,6 +91,7 @@ def fit(
     workdir = Path(workdir)
     mesh = mesh if mesh is not None and mesh.size > 1 else None
     batches = make_batches(task, adapter, splits, settings, seed, mesh, max_length)
+    cut = feed.cut_notice(task, batches["train"], max_length)
     total = settings.total(batches["train"].steps_per_epoch)
     adapter = adapters.for_steps(adapter, total)
     mine = stores is None
@@ -112,7 +113,7 @@ def fit(
             with Progress(total, book.step, echo) as progress:
                 if book.step:
                     progress.say(f"going on from step {book.step} of {total}")
-                for line in cached.notes if cached and not book.done else ():
+                for line in [*cut, *(cached.notes if cached and not book.done else ())]:
                     progress.say(line)
                 loop = Loop(
                     **{**parts, "state": state},

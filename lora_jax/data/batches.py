@@ -44,6 +44,8 @@ class Batches:
       segments: S, the examples that a row has place for; 1 where each has its own.
       lengths: the bucket lengths, ascending; every batch has one of them.
       steps_per_epoch: batches that hold every row at least once.
+      examples: how many there are.
+      full: how many of them are as long as `max_length`.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Batches:
         self._examples, self.batch_size, self._seed = list(examples), batch_size, int(seed)
         sizes = _check(self._examples, max_length, names)
         capacity = max_length or max(sizes)
+        self.examples, self.full = len(sizes), sum(size == max_length for size in sizes)
         self.packing, self.share_rows = bool(packing), bool(share_rows)
         if self.packing and self.share_rows:
             raise UserError("packing and share_rows exclude each other: set one of them to false")

@@ -64,6 +64,11 @@ class Task:
     references: Callable[[Record], list[str]] | None = None
     score: Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, Any]] | None = None
 
+    @property
+    def cuts(self) -> bool:
+        """Whether `encode` cuts a text that is too long. `prepare`, where there is one, makes several of it instead."""
+        return self.prepare is _same
+
 
 def inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
     """What `base.apply` needs of a batch.

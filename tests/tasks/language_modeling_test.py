@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import data, tasks
+from lora_jax import data, feed, tasks
 from lora_jax.data import Record, Splits
 from lora_jax.errors import UserError
+from lora_jax.train_settings import TrainSettings
 
 TEXTS = ["The Eagle is a coffee shop.", "food", "I am content. " * 9, "a stirring film"]
 
@@ -38,6 +39,13 @@ def test_long_texts_are_cut_and_each_token_is_a_target_once(bos_tokenizer):
     assert "train.jsonl line 3, part 2" in [r.where for r in cut[1]]
     with pytest.raises(UserError, match="line 3 has .* tokens; cut long texts by task.prepare"):
         cut[0].encode(Record({"text": TEXTS[2]}, "train.jsonl line 3"))
+
+
+def test_nothing_is_said_to_be_cut_where_parts_are_kept(bos_tokenizer):
+    task, _ = make(bos_tokenizer)
+    records = [Record({"text": text}, str(i)) for i, text in enumerate(TEXTS)]
+    batches = feed.make_batches(task, records, TrainSettings(steps=1, batch_size=2), max_length=16)
+    assert batches.full and feed.cut_notice(task, batches, 16) == []
 
 
 def test_contiguous_rows_are_full_and_lose_nothing(decoder_tokenizer):

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax import data, tasks
+from lora_jax import data, feed, tasks
 from lora_jax.data import Record, Splits
 from lora_jax.errors import UserError
 from lora_jax.tasks import sft as sft_file
+from lora_jax.train_settings import TrainSettings
 
 PROMPT, COMPLETION = "name[The Eagle], area[riverside]", "The Eagle is by the riverside."
 TURNS = [
@@ -44,6 +45,21 @@ def test_only_the_completion_and_the_end_are_learned(bos_tokenizer):
     assert bos_tokenizer.decode(prompt) == f"<s>{PROMPT}\n" and whole(example)[: len(prompt)] == prompt
     everything, _ = make(bos_tokenizer, loss_on="all")
     assert learned(everything.encode(record), bos_tokenizer) == f"{PROMPT}\n{COMPLETION}</s>"
+
+
+def test_a_run_tells_how_many_texts_are_cut(bos_tokenizer):
+    values = {"prompt": PROMPT, "completion": COMPLETION}, {"prompt": "a", "completion": "b"}
+    task, rows = make(bos_tokenizer, *values)
+    length = len(task.encode(rows[0])["tokens"])
+
+    def told(max_length, **more):
+        task, rows = make(bos_tokenizer, *values, max_length=max_length)
+        batches = feed.make_batches(task, rows, TrainSettings(steps=1, batch_size=2, **more), max_length=max_length)
+        return feed.cut_notice(task, batches, max_length)
+
+    assert told(length + 1) == []
+    notice = [f"1 of 2 training texts fill max_length={length - 1}: what was longer is cut"]
+    assert told(length - 1) == told(length - 1, packing=True) == notice
 
 
 def test_templates(decoder_tokenizer):
