@@ -113,7 +113,7 @@ def fit(
             with Progress(total, book.step, echo) as progress:
                 if book.step:
                     progress.say(f"going on from step {book.step} of {total}")
-                for line in [*cut, *(cached.notes if cached and not book.done else ())]:
+                for line in [] if book.done else [*cut, *(cached.notes if cached else ())]:
                     progress.say(line)
                 loop = Loop(
                     **{**parts, "state": state},

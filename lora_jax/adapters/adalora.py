@@ -60,7 +60,7 @@ def adalora(
       init_rank: triplets per weight at the start, an integer or rules; None: 1.5 times `rank`, as far as a weight's
         size allows.
       targets, layers: as in `lora`.
-      dropout: of the activation before P, in [0, 1]; on where `bind` is given a key.
+      dropout: of the activation before P, in [0, 1); on where `bind` is given a key.
       orth_weight: of the penalty; 0 is off.
       orthogonality: 'squared', the paper's sum of squared Frobenius norms of P'P - I and QQ' - I over the weights, or
         'mean', PEFT's mean of the norms over all P and Q.

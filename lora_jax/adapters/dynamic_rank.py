@@ -55,7 +55,7 @@ def dynamic_rank(
       init_rank: parts per weight at the start, likewise; None: 1.5 times `rank`, rounded up, as far as a weight's size
         allows.
       targets, layers: as in `lora`.
-      dropout: of the activation before A, in [0, 1]; on where `bind` is given a key.
+      dropout: of the activation before A, in [0, 1); on where `bind` is given a key.
       penalty_weight: of the mean variance within the columns of A and the rows of B (eta of the 'dimensional
         equilibrium modulator'); 0 is off.
       beta: of the scores' moving average, from 0 to below 1.

@@ -102,7 +102,7 @@ def lora(
       targets: patterns on whole paths, or roles; None: every linear, DenseGeneral and convolution, but neither
         embeddings nor a head that the family names.
       layers: 'all', 'last:k', 'first:k', or a list of layer indices.
-      dropout: of the activation before A, in [0, 1]; on where `bind` is given a key.
+      dropout: of the activation before A, in [0, 1); on where `bind` is given a key.
       scaling: 'alpha/r', 'alpha/sqrt(r)' (rsLoRA) or 'alpha'.
       init: 'default' (A uniform, B zero), 'gaussian' (A ~ N(0, 1/rank**2), B zero), 'a_zero' (A zero, B uniform),
         'orthogonal' (both non-zero, product zero), 'pissa', 'olora' (from the weight), 'eva' (from data: `init` needs

@@ -95,7 +95,7 @@ def vera(
       targets: patterns on whole paths, or roles; None: every linear, DenseGeneral and convolution, but neither
         embeddings nor a head that the family names.
       layers: 'all', 'last:k', 'first:k', or a list of layer indices.
-      dropout: of the activation before A, in [0, 1].
+      dropout: of the activation before A, in [0, 1).
       d_initial: initial value of lambda_d; lambda_b starts at zero.
 
     Returns:
