@@ -1,19 +1,27 @@
 """Which entries dropout leaves: one draw for the adapters' dropout and the models' own.
 
-`jax.random` on a CPU is a loop over arrays in memory, compiled anew for every use: of a step of a small encoder that
-was 15 % of the time and 40 % of the compilation. Here an entry's bits come from its place in the array by plain
-arithmetic, which a compiler puts into the pass that needs them. They are the same on every platform, jitted or not,
-under `vmap` and however the array is split over devices; a backward pass computes them again and keeps no mask.
+`jax.random` on a CPU is a loop over arrays in memory, compiled anew for every use. Here an entry's bits come from its
+place in the array by plain arithmetic, which a compiler puts into the pass that needs them. They are the same on every
+platform, jitted or not, under `vmap` and however the array is split over devices; a backward pass computes them again
+and keeps no mask. Keys are split and folded by JAX's own generator. What is left to an entry is a hash of a dozen
+operations: Threefry, of 110, took a tenth of a step of a small encoder (2 CPU cores).
 """
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PARITY = 0x1BD11BDA
+
+class Dropped(NamedTuple):
+    """One use of dropout, for who draws it elsewhere or more than once: a call is `drop`."""
+
+    key: jax.Array
+    rate: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return drop(self.key, self.rate, x)
 
 
 def drop(key: jax.Array, rate: float, x: jax.Array) -> jax.Array:
@@ -34,7 +42,7 @@ def drop(key: jax.Array, rate: float, x: jax.Array) -> jax.Array:
 
 
 def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """32 random bits for every entry of an array: Threefry of its row and of its place in the row.
+    """32 random bits for every entry of an array: its place in its row, hashed with two words of the row.
 
     Args:
       key: typed, of JAX's usual kind; another kind draws by `jax.random`.
@@ -57,24 +65,24 @@ def _of_places(words_2: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
     row = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) if shape else place
-    return threefry(words_2, place, row)[0]
+    # With one word a row would be another one moved along; the second enters halfway, where no move undoes it.
+    first, second = hashed(row ^ words_2[0], words_2[1]), hashed(row + words_2[1], words_2[0])
+    return hashed(place ^ first, second)
 
 
-def threefry(key_2: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011).
+def hashed(x: jax.Array, key: jax.Array) -> jax.Array:
+    """A number of 32 bits scrambled with a key: triple32 (Wellons, Prospecting for hash functions, 2018).
+
+    Of three multiplications and four shifts, chosen by search: flipping a bit of x flips each bit of the result in half
+    of all cases, to within 0.02 %. The key enters between the first two multiplications, which the original has not.
 
     Args:
-      key_2: uint32.
-      x0, x1: uint32 of one shape: the two words of each counter.
+      x, key: uint32.
 
     Returns:
-      The two words that belong to each counter, as JAX's own generator of this name has them.
+      uint32; one-to-one in x.
     """
-    keys: list[Any] = [key_2[0], key_2[1], key_2[0] ^ key_2[1] ^ jnp.uint32(_PARITY)]
-    x0, x1 = x0 + keys[0], x1 + keys[1]
-    for i in range(5):
-        for turn in _ROTATIONS[i % 2]:
-            x0 = x0 + x1
-            x1 = x0 ^ (x1 << turn | x1 >> (32 - turn))
-        x0, x1 = x0 + keys[(i + 1) % 3], x1 + keys[(i + 2) % 3] + jnp.uint32(i + 1)
-    return x0, x1
+    x = (x ^ (x >> 17)) * jnp.uint32(0xED5AD4BB)
+    x = (x ^ (x >> 11) ^ key) * jnp.uint32(0xAC4C1B51)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x31848BAB)
+    return x ^ (x >> 14)

@@ -1,12 +1,11 @@
-"""Dropout drops at its rate, keeps the expectation, and draws what JAX's own generator would for the same counters."""
+"""Dropout drops at its rate, keeps the expectation, and its bits show no pattern that a sample of them could show."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.random import threefry_2x32
 
-from lora_jax.dropout import bits, drop, threefry
+from lora_jax.dropout import bits, drop, hashed
 
 
 @pytest.mark.parametrize("rate", [1e-12, 0.05, 0.1, 0.5, 0.9, 0.999])
@@ -30,25 +29,72 @@ def test_entries_are_independent():
     assert abs(np.mean(kept == other) - 0.5) < 5 * 0.5 / np.sqrt(kept.size)
 
 
-def test_threefry_is_that_of_jax():
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        key, counters = (jnp.asarray(rng.integers(0, 2**32, n, np.uint32)) for n in (2, 2000))
-        mine = threefry(key, counters[:1000], counters[1000:])
-        np.testing.assert_array_equal(np.concatenate(mine), threefry_2x32(key, counters))
+def by_hand(x, key):
+    """`hashed` in Python's own integers."""
+    for shift, factor in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
+        x ^= x >> shift
+        x = (x ^ (key if shift == 11 else 0)) * factor % 2**32
+    return x ^ (x >> 14)
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4, 5)])
-def test_bits_are_counted_by_row_and_place(shape):
+def test_bits_are_a_hash_of_row_and_place(shape):
     key = jax.random.key(5)
-    size = int(np.prod(shape[1:]))
-    places = np.tile(np.arange(size, dtype=np.uint32), shape[0])
-    rows = np.repeat(np.arange(shape[0], dtype=np.uint32), size)
-    counters = jnp.asarray(np.concatenate([places, rows]))
-    expected = threefry_2x32(jax.random.key_data(key), counters)[: places.size]
+    one, two = map(int, jax.random.key_data(key))
+    size, expected = int(np.prod(shape[1:])), []
+    for row in range(shape[0]):
+        first, second = by_hand(row ^ one, two), by_hand((row + two) % 2**32, one)
+        expected += [by_hand(place ^ first, second) for place in range(size)]
     np.testing.assert_array_equal(np.asarray(bits(key, shape)).reshape(-1), expected)
     longer = bits(key, (shape[0] + 2, *shape[1:]))
     np.testing.assert_array_equal(longer[: shape[0]], bits(key, shape))  # rows draw for themselves
+
+
+def test_the_hash_of_no_key_is_the_published_one():
+    """One-to-one, and a flipped bit of the input flips every bit of the output in half of all cases."""
+    x = jnp.arange(2**16, dtype=jnp.uint32) * jnp.uint32(65521)
+    out = hashed(x, jnp.uint32(0))
+    assert len(np.unique(out)) == len(x)
+    for place in range(32):
+        changed = np.asarray(out ^ hashed(x ^ jnp.uint32(1 << place), jnp.uint32(0)))
+        flips = np.unpackbits(changed.view(np.uint8)).reshape(len(x), 32).mean(axis=0)
+        assert np.abs(flips - 0.5).max() < 5.5 * 0.5 / np.sqrt(len(x))
+
+
+def away(mine, other):
+    """Standard deviations by which two draws agree more or less often than chance."""
+    return abs(np.mean(mine == other) - 0.5) / (0.5 / np.sqrt(mine.size))
+
+
+@pytest.mark.parametrize("bit", [31, 16, 0])
+def test_bits_are_as_if_drawn_anew(bit):
+    """Along rows, down the columns, from key to key, folded or counted, and for keys that share a word."""
+    draw = lambda key: np.asarray(bits(key, (256, 1024)) >> bit & 1)  # noqa: E731
+    mine, key = draw(jax.random.key(0)), jax.random.key(0)
+    assert abs(mine.mean() - 0.5) < 5 * 0.5 / np.sqrt(mine.size)
+    for lag in (1, 2, 3, 4, 8, 32, 64, 128, 256, 512):
+        assert away(mine[:, lag:], mine[:, :-lag]) < 5
+        assert lag > 128 or away(mine[lag:], mine[:-lag]) < 5
+    words = ([1, 0], [0, 2**31], [1, 1], [1024, 0], [2**32 - 1, 2**32 - 1])
+    raw = [jax.random.wrap_key_data(jnp.asarray(pair, jnp.uint32)) for pair in words]
+    others = [jax.random.fold_in(key, i) for i in range(8)] + [jax.random.key(i) for i in range(1, 8)] + raw
+    drawn = [mine, *map(draw, others)]
+    for i, one in enumerate(drawn):
+        for other in drawn[:i]:
+            assert away(one, other) < 5
+            assert away(one[1:], other[:-1]) < 5 and away(one[:, 1:], other[:, :-1]) < 5
+
+
+def test_a_row_is_no_other_row_in_another_order():
+    """Rows whose first words differ in few bits: without the second they would hold the same numbers."""
+    key, count, size = jax.random.key(0), 2000, 2**16
+    words, rows = jax.random.key_data(key), jnp.arange(count, dtype=jnp.uint32)
+    high = np.asarray(hashed(rows ^ words[0], words[1]) >> 16)
+    values, places, counts = np.unique(high, return_index=True, return_counts=True)
+    one = int(places[counts > 1][0])
+    other = int(np.flatnonzero(high == high[one])[1])
+    drawn = np.asarray(jax.jit(lambda: bits(key, (count, size))[jnp.asarray([one, other])])())
+    assert np.isin(drawn[0], drawn[1]).mean() < 1e-3
 
 
 def test_the_same_key_drops_the_same_jitted_or_in_a_batch_of_keys():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax.errors import UserError
 from lora_jax.models import kernels, layers, linear, masks, virtual_tokens
+from lora_jax.models.attention import attend
 from lora_jax.models.bert_config import Config
 from lora_jax.models.tensor import Tensor
 from lora_jax.models.virtual_tokens import Beside, Virtual
@@ -98,8 +99,8 @@ class Attention(nn.Module):
         if at_BxS is not None:
             asking, mask = layers.take(x_BxTxD, at_BxS), masks.take_queries(mask, at_BxS)
             beside = beside and beside._replace(mask_BxTxN=masks.take_queries(beside.mask_BxTxN, at_BxS))
-        dropout = layers.active(layers.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic))
-        out = layers.attend(heads("query", asking), k, v, mask, dropout, beside)
+        dropout = layers.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic).drawn()
+        out = attend(heads("query", asking), k, v, mask, dropout, beside)
         out = linear.Dense(width, name="output")(out)
         out = layers.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(out)
         return layers.LayerNorm(c.layer_norm_eps, name="output_norm")(asking + out)

@@ -74,7 +74,7 @@ def _on(platform: str) -> bool:
 
 
 def attend(q_BxTxHxD: jax.Array, k_BxKxTxD: jax.Array, v_BxKxTxD: jax.Array, mask: Mask) -> jax.Array:
-    """Scaled dot-product attention by the mask's kernel; arguments as of `layers.attend`.
+    """Scaled dot-product attention by the mask's kernel; arguments as of `attention.attend`.
 
     Returns:
       (B, T, H * D), q's dtype. What a query that sees nothing gets is any finite number.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lora_jax.models import cache as caches
 from lora_jax.models import kernels, layers, linear, masks, rotary, virtual_tokens
+from lora_jax.models.attention import attend
 from lora_jax.models.cache import Cache, ReadPrompt
 from lora_jax.models.llama_config import Config
 from lora_jax.models.masks import Mask
@@ -83,7 +84,7 @@ class Attention(nn.Module):
         if stored is not None:
             k, v = caches.write(stored[0], k, start), caches.write(stored[1], v, start)
         dropout = layers.Dropout(c.attention_dropout, deterministic=deterministic)
-        out = layers.attend(q, k, v, mask, layers.active(dropout), beside)
+        out = attend(q, k, v, mask, dropout.drawn(), beside)
         return linear.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(out), (k, v)
 
 

@@ -17,7 +17,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import recompute, sharding
 from lora_jax.lift import split
-from lora_jax.models import kernels, layers, masks
+from lora_jax.models import attention, kernels, masks
 
 KERNELS = ("splash", "cudnn")
 GPU = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
@@ -82,7 +82,7 @@ def test_a_kernel_is_the_plain_attention(kernel, case):
     real = next((x > 0 for x in given.values() if isinstance(x, jax.Array)), jnp.ones((ROWS, LENGTH), bool))
 
     def run(kernel, *qkv):
-        out = layers.attend(*qkv, masks.among(LENGTH, kernel, **given))
+        out = attention.attend(*qkv, masks.among(LENGTH, kernel, **given))
         return jnp.sum(jnp.where(real[..., None], jnp.sin(out), 0)), out
 
     both = [jit(jax.value_and_grad(run, (1, 2, 3), has_aux=True), static_argnums=0) for _ in range(2)]
@@ -98,7 +98,7 @@ def test_a_kernel_in_bfloat16(kernel):
 
     @functools.partial(jit, static_argnums=0)
     def run(kernel, *qkv):
-        return layers.attend(*qkv, masks.among(LENGTH, kernel, segments_BxT=jnp.asarray(SEGMENTS), causal=True))
+        return attention.attend(*qkv, masks.among(LENGTH, kernel, segments_BxT=jnp.asarray(SEGMENTS), causal=True))
 
     out = run(kernel, *arrays("bfloat16", size=16))
     assert out.dtype == jnp.bfloat16
