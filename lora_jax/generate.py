@@ -173,10 +173,20 @@ def _choose(logits_BxV, step, *, keys_B, options, draw: bool) -> jax.Array:
     """The next token of every row: the likeliest, or one drawn by temperature and top_p."""
     logits_BxV = logits_BxV.astype(jnp.float32)
     if not draw:
-        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+        return _likeliest(logits_BxV)
     kept = _nucleus(logits_BxV / options["temperature"], options["top_p"])
     keys_B = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
     return jax.vmap(jax.random.categorical)(keys_B, kept).astype(jnp.int32)
+
+
+def _likeliest(logits_BxV) -> jax.Array:
+    """The first of the largest logits, (B,) int32; the last token where they are no numbers.
+
+    As a maximum and the least place that has it: XLA on a CPU makes a loop of `argmax`, one number at a time.
+    """
+    top_B = jnp.max(logits_BxV, axis=-1, keepdims=True)
+    places_V = jnp.arange(logits_BxV.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(logits_BxV == top_B, places_V, places_V[-1]), axis=-1)
 
 
 def _nucleus(logits_BxV, top_p) -> jax.Array:

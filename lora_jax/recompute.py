@@ -15,11 +15,10 @@ from typing import Any
 
 import jax
 
-from lora_jax.lift import recomputes_products, traced
-from lora_jax.models.kernels import ATTENDED
+from lora_jax.lift import KEPT, recomputes_products, traced
 
 # By the names of primitives. Random bits, since drawing them again would cost more than they take.
-KEPT = frozenset("conv_general_dilated ragged_dot ragged_dot_general pallas_call random_bits".split())
+PRIMITIVES = frozenset("conv_general_dilated ragged_dot ragged_dot_general pallas_call random_bits".split())
 COMPILED = "/jax/core/compile/backend_compile_duration"
 LONG = 1.0  # seconds; a program that took less to compile left little behind
 
@@ -39,7 +38,7 @@ def between_products(function: Callable) -> Callable:
 def _kept(primitive: Any, *_: Any, **params: Any) -> bool:
     if primitive.name == "dot_general":  # a product with batch axes is one of two activations, as in attention
         return not params["dimension_numbers"][1][0]
-    return primitive.name in KEPT or (primitive.name == "name" and params["name"] == ATTENDED)
+    return primitive.name in PRIMITIVES or (primitive.name == "name" and params["name"] == KEPT)
 
 
 @functools.cache

@@ -138,17 +138,21 @@ def train_step(
       `weight`, `grad_norm` (before clipping) and `penalty`.
     """
 
-    def loss_sum(trainable, frozen, variables, batch, keys):
+    def model(trainable, frozen, variables, batch, keys):
         delta = optim.join(mask, trainable, frozen)
         adapter_key, base_key = keys if dropout else (None, None)
         inputs = task.inputs(batch)
         if dropout:
             inputs = {**inputs, "dropout_key": base_key}
-        outputs = apply(adapter.bind(variables, delta, key=adapter_key), **inputs)
+        return apply(adapter.bind(variables, delta, key=adapter_key), **inputs)
+
+    def loss_sum(trainable, frozen, variables, batch, keys):
+        # Without the loss: a language model's logits would be copied, to be kept.
+        outputs = recompute.between_products(model)(trainable, frozen, variables, batch, keys)
         total, weight = task.loss(outputs, batch)
         return total.astype(jnp.float32), weight.astype(jnp.float32)
 
-    gradient = jax.value_and_grad(recompute.between_products(loss_sum), has_aux=True)
+    gradient = jax.value_and_grad(loss_sum, has_aux=True)
 
     def sums(state, variables, batch):
         """(sum of losses, weight, gradient of the sum) over the whole batch."""

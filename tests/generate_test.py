@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lora_jax import trees
 from lora_jax.errors import UserError
-from lora_jax.generate import _rounded, generate
+from lora_jax.generate import _likeliest, _rounded, generate
 from lora_jax.models import from_config
 from tests.models import oracle
 
@@ -189,3 +190,10 @@ def test_greedy_equals_transformers(change):
     expected = [t[: t.index(end)] if end in t else t for t in theirs]
     ours = generate(base, base.variables, PROMPTS, max_new_tokens=20, eos_ids=[end])
     assert ours == expected and len({len(t) for t in ours}) > 1
+
+
+def test_the_likeliest_token():
+    """The first of equals, as argmax has it; of what is no number some token of the vocabulary."""
+    logits = jnp.asarray(np.random.default_rng(0).integers(0, 5, (20, 7)), jnp.float32)
+    np.testing.assert_array_equal(_likeliest(logits), jnp.argmax(logits, axis=-1))
+    assert _likeliest(jnp.full((1, 7), jnp.nan)).tolist() == [6]

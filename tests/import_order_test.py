@@ -62,6 +62,7 @@ SHARED = {
     },  # full: in place, which head, layers, ... narrow; dora adds to lora
     "quant": {"base", "blocks", "product", "store", "table"},
     "models": {
+        "attention",
         "base",
         "cache",
         "files",

@@ -24,6 +24,14 @@ def base():
     return lj.from_config(MODEL, seed=3)
 
 
+@pytest.fixture(autouse=True, params=["tiles", "rows"])
+def in_tiles(request, monkeypatch):
+    """As on a CPU where tiles gain something, and as on another."""
+    monkeypatch.setattr(tiling, "in_tiles", lambda: request.param == "tiles")
+    jax.clear_caches()  # a compiled program knows nothing of it
+    return request.param == "tiles"
+
+
 def adapted(base, adapter):
     delta = adapter.init(jax.random.key(0), base.variables, base.sites)
     draw = np.random.default_rng(0)
@@ -53,7 +61,7 @@ def test_a_matrix_of_other_columns_stays():
 
 
 @pytest.mark.parametrize("method", ["base", "lora", "dora", "bottleneck", "nf4"])
-def test_text_is_the_same(base, method, monkeypatch):
+def test_text_is_the_same(base, method, monkeypatch, in_tiles):
     own, variables, apply = base, base.variables, None
     if method == "nf4":
         own = quantized(base, "nf4")
@@ -62,31 +70,47 @@ def test_text_is_the_same(base, method, monkeypatch):
         variables, apply = adapted(base, getattr(lj, method)()), lj.lift(base.apply)
     chosen = tiling.choose(own, variables, len(PROMPTS), 40)
     stays = {"bottleneck": {"o_proj", "down_proj"}, "nf4": LAID_OUT - {"lm_head"}}.get(method, set())
-    assert {path.split("/")[-2] for path in chosen} == LAID_OUT - stays
+    merged = LAID_OUT | {"k_proj", "v_proj"} if method in ("lora", "dora") else set()
+    assert {path.split("/")[-2] for path in chosen} == (LAID_OUT - stays if in_tiles else merged - {"lm_head"})
     given = generate(own, variables, PROMPTS, max_new_tokens=40, apply=apply, eos_ids=())
     monkeypatch.setattr(tiling, "choose", lambda *_: ())
     assert given == generate(own, variables, PROMPTS, max_new_tokens=40, apply=apply, eos_ids=())
     assert method == "base" or given != generate(base, base.variables, PROMPTS, max_new_tokens=40, eos_ids=())
 
 
-def test_an_update_is_merged_and_what_acts_on_the_output_stays(base):
+def test_an_update_is_merged_and_what_acts_on_the_output_stays(base, in_tiles):
     variables = adapted(base, lj.lora(targets="q,o"))
     laid_out = tiling.lay_out(variables, tiling.choose(base, variables, 3, 40))["params"]["layers_0"]["self_attn"]
-    assert isinstance(laid_out["q_proj"]["kernel"], TiledWeight)
+    found = laid_out["q_proj"]["kernel"]
+    assert isinstance(found, TiledWeight) == in_tiles
     merged = variables["params"]["layers_0"]["self_attn"]["q_proj"]["kernel"].dense()
-    np.testing.assert_array_equal(laid_out["q_proj"]["kernel"].dense(), merged)
+    np.testing.assert_array_equal(found.dense() if in_tiles else found, merged)
     kept = {path for path in tiling.choose(base, adapted(base, lj.bottleneck(targets="o")), 3, 40)}
-    assert not any("o_proj" in path for path in kept) and any("q_proj" in path for path in kept)
+    assert not any("o_proj" in path for path in kept) and any("q_proj" in path for path in kept) == in_tiles
 
 
-def test_only_where_it_pays(base, monkeypatch):
-    assert tiling.choose(base, base.variables, 32, 32)
-    assert not tiling.choose(base, base.variables, 33, 32), "many rows"
-    assert not tiling.choose(base, base.variables, 3, 31), "few turns"
+def test_only_where_it_pays(base, monkeypatch, in_tiles):
+    variables = adapted(base, lj.lora())
+    assert bool(tiling.choose(base, base.variables, 32, 32)) == in_tiles
+    assert tiling.choose(base, variables, 32, 32)
+    assert not tiling.choose(base, variables, 33, 32), "many rows"
+    assert not tiling.choose(base, variables, 3, 31), "few turns"
     half = lj.from_config(MODEL, dtype="bfloat16")
     assert not tiling.choose(half, half.variables, 3, 40), "not float32"
     monkeypatch.setattr(tiling, "LARGEST", 1000)
-    assert not tiling.choose(base, base.variables, 3, 40), "too large to be in memory twice"
+    assert not tiling.choose(base, variables, 3, 40), "too large to be in memory twice"
+
+
+def test_the_cpu_decides(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    for flags, expected in (("fma avx2", True), ("avx2 avx512f avx512bw", False), (None, False)):
+        file = tmp_path / str(flags)
+        if flags:
+            file.write_text(f"processor : 0\nflags\t\t: fpu {flags}\n", encoding="ascii")
+        monkeypatch.setattr(tiling, "_CPU", file)
+        tiling.in_tiles.cache_clear()
+        assert tiling.in_tiles() == expected
+    tiling.in_tiles.cache_clear()
 
 
 def test_a_model_over_several_devices_stays(base):

@@ -5,7 +5,7 @@ This is the only folder of the package that sees a jaxpr. `weight` is the node t
 ways in.
 """
 
-from lora_jax.lift.again import recomputes_products, traced
+from lora_jax.lift.again import KEPT, keep, recomputes_products, traced
 from lora_jax.lift.find import find_sites
 from lora_jax.lift.frontier import Split, is_random, split
 from lora_jax.lift.moments import input_moments
@@ -13,6 +13,6 @@ from lora_jax.lift.trace import lift
 from lora_jax.lift.weight import AdaptedWeight, Axes, is_adapted
 
 __all__ = [
-    "AdaptedWeight", "Axes", "Split", "find_sites", "input_moments", "is_adapted", "is_random", "lift",
+    "KEPT", "AdaptedWeight", "Axes", "Split", "find_sites", "input_moments", "is_adapted", "is_random", "keep", "lift",
     "recomputes_products", "split", "traced",
 ]  # fmt: skip

@@ -1,14 +1,21 @@
-"""What a function says itself to compute again in its backward pass, read from its trace."""
+"""What a function says itself about its backward pass: what it computes again, read from its trace; what it keeps."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
 from lora_jax.lift.program import PRODUCTS, bodies
 
 REMAT = ("remat2", "remat", "checkpoint")
+KEPT = "kept"  # the name of what `keep` was given
+
+
+def keep(x: jax.Array) -> jax.Array:
+    """The array itself, which a step keeps for its backward pass: small, and long to compute again."""
+    return checkpoint_name(x, KEPT)
 
 
 def traced(function: Callable, *args: Any) -> tuple[Any, Callable]:

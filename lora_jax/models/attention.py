@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.dropout import Dropped, drop
+from lora_jax.lift import keep
 from lora_jax.models import kernels
 from lora_jax.models.masks import Mask
 from lora_jax.models.virtual_tokens import Beside
@@ -55,14 +55,14 @@ def attend(
             return _one_step(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask)
         mask = mask.dense()
     if beside is not None:
-        return checkpoint_name(_with_beside(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask, dropout, beside), kernels.ATTENDED)
+        return keep(_with_beside(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask, dropout, beside))
     b, t, h, d = q_BxTxHxD.shape
     kv = k_BxKxSxD.shape[1]
     key, rate = (None, 0.0) if dropout is None else dropout
     q_BxKxGxTxD = q_BxTxHxD.reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4)
     out = _plain(q_BxKxGxTxD, k_BxKxSxD, v_BxKxSxD, mask, key, rate)
     # Kept in this order too, for the factors' gradients of the product that follows.
-    return checkpoint_name(out.transpose(0, 3, 1, 2, 4).reshape(b, t, h * d), kernels.ATTENDED)
+    return keep(out.transpose(0, 3, 1, 2, 4).reshape(b, t, h * d))
 
 
 def _named(q_BxTxHxD: Array, k_BxKxTxD: Array, v_BxKxTxD: Array, mask: Mask) -> Array:
@@ -93,8 +93,7 @@ def _forward(q, k, v, mask, key, rate: float) -> tuple[Array, Any]:
         out, top, log_sum = (_whole(x, q.shape[3]) for x in jax.lax.map(one, _cut(q.shape[3], mask, q=q)))
     else:
         out, top, log_sum = _attended(q, k, v, mask, key, rate)
-    # Named: what a backward pass needs beside q, k and v is kept by who computes the scores again.
-    out, top, log_sum = (checkpoint_name(x, kernels.ATTENDED) for x in (out, top, log_sum))
+    out, top, log_sum = (keep(x) for x in (out, top, log_sum))
     return out, (q, k, v, mask, key, out, top, log_sum)
 
 
@@ -129,10 +128,10 @@ def _backward(rate: float, kept: Any, cotangent: Array) -> tuple:
         return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
     def body(sums, xs):
-        dq, *own = _pulled(**{"k": k, "v": v, "mask": mask, "key": None, "rate": 0.0, **xs})
-        return [total + x for total, x in zip(sums, own, strict=True)], dq
+        dq, dk, dv = _pulled(**{"k": k, "v": v, "mask": mask, "key": None, "rate": 0.0, **xs})
+        return (sums[0] + dk, sums[1] + dv), dq
 
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (k, v)]
+    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     chunks = _cut(q.shape[3], mask, q=q, out=out, top=top, log_sum=log_sum, cotangent=cotangent)
     (dk, dv), dq = jax.lax.scan(body, zeros, chunks)
     return _whole(dq, q.shape[3]), dk.astype(k.dtype), dv.astype(v.dtype), None, None

@@ -12,11 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
+from lora_jax.lift import KEPT, keep
 from lora_jax.models.masks import HIDDEN, Mask
 
-ATTENDED = "attended"  # the name of attention's output, for who chooses what a backward pass keeps
 BLOCK = 128  # a TPU's lanes; a text that is shorter has few scores
 BLOCKS = (512, 256, BLOCK)  # of splash, the largest that divides the length
 
@@ -129,7 +128,7 @@ def _splash_kernel(length: int, groups: int, causal: bool, window: int | None, i
         kernel = splash.make_splash_mqa_single_device(
             splash.MultiHeadMask([seen] * groups),
             block_sizes=splash.BlockSizes(**sizes),
-            residual_checkpoint_name=ATTENDED,
+            residual_checkpoint_name=KEPT,
             interpret=interpret,
         )
     return kernel, splash.SegmentIds
@@ -143,7 +142,7 @@ def _cudnn(q_BxTxHxD: jax.Array, k_BxKxTxD: jax.Array, v_BxKxTxD: jax.Array, mas
     if seen is not None:
         seen = jnp.broadcast_to(seen, (b, t, t))[:, None]
     out = _fused(q_BxTxHxD, k_BxKxTxD.swapaxes(1, 2), v_BxKxTxD.swapaxes(1, 2), seen, mask.causal)
-    return checkpoint_name(out, ATTENDED)
+    return keep(out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
