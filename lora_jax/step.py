@@ -100,12 +100,13 @@ def compiler_options() -> dict[str, Any] | None:
     """What a training step is compiled with.
 
     On a CPU XLA by default orders a program for many small operations side by side. It then computes again what remat
-    left out long before it is needed, and keeps it: the memory that remat saves would be used all the same.
+    left out long before it is needed, and keeps it: the memory that remat saves would be used all the same. Its vectors
+    have 256 bits by default; with 512, where a CPU has them, a step of MiniLM takes 2 % less (Zen 5).
     """
     if jax.default_backend() != "cpu":
         return None
     recompute.trim_after_compiling()
-    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED", "xla_cpu_prefer_vector_width": "512"}
 
 
 def train_step(
