@@ -103,13 +103,14 @@ def test_only_where_it_pays(base, monkeypatch, in_tiles):
 
 def test_the_cpu_decides(monkeypatch, tmp_path):
     monkeypatch.undo()
-    for flags, expected in (("fma avx2", True), ("avx2 avx512f avx512bw", False), (None, False)):
-        file = tmp_path / str(flags)
-        if flags:
-            file.write_text(f"processor : 0\nflags\t\t: fpu {flags}\n", encoding="ascii")
+    cases = {("AuthenticAMD", "25"): True, ("AuthenticAMD", "26"): False, ("GenuineIntel", "26"): True, None: True}
+    for case, expected in cases.items():
+        file = tmp_path / str(case)
+        if case:
+            file.write_text("processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\n\nflags : a\n".format(*case))
         monkeypatch.setattr(tiling, "_CPU", file)
         tiling.in_tiles.cache_clear()
-        assert tiling.in_tiles() == expected
+        assert tiling.in_tiles() == expected, case
     tiling.in_tiles.cache_clear()
 
 
