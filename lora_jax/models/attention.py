@@ -22,6 +22,7 @@ from lora_jax.models.virtual_tokens import Beside
 
 LONG = 512  # queries; beyond, attention goes over them in chunks
 CHUNK = 256
+LEAST = float(jnp.finfo(jnp.float32).min)
 
 Array = jax.Array
 
@@ -116,9 +117,9 @@ def _logits(q_BxKxGxTxD: Array, k_BxKxSxD: Array, mask_BxTxS: Array | None) -> A
     return masked(_dot("bkgtd,bksd->bkgts", q_BxKxGxTxD, k_BxKxSxD) * q_BxKxGxTxD.shape[-1] ** -0.5, mask_BxTxS)
 
 
-def masked(x_BxKxGxTxS: Array, mask_BxTxS: Array | None, hidden: float = float(jnp.finfo(jnp.float32).min)) -> Array:
-    """The array, and another number where a key is not seen."""
-    return x_BxKxGxTxS if mask_BxTxS is None else jnp.where(mask_BxTxS[:, None, None], x_BxKxGxTxS, hidden)
+def masked(logits_BxKxGxTxS: Array, mask_BxTxS: Array | None) -> Array:
+    """The logits, and the least number where a key is not seen."""
+    return logits_BxKxGxTxS if mask_BxTxS is None else jnp.where(mask_BxTxS[:, None, None], logits_BxKxGxTxS, LEAST)
 
 
 def _backward(rate: float, kept: Any, cotangent: Array) -> tuple:
@@ -149,8 +150,9 @@ def _pulled(q, k, v, mask, key, rate, out, top, log_sum, cotangent) -> tuple[Arr
     d_probs = left(_dot("bkgtd,bksd->bkgts", cotangent, v))
     # As products of vectors: a sum is a reduction, with which XLA on a CPU fuses what follows into a slow loop.
     rows = _dot("bkgtd,bkgtd->bkgt", cotangent, out)[..., None]
-    # Masked anew: of a query that sees nothing the probabilities are not 0.
-    d_logits = masked(probs * (d_probs - rows) * q.shape[-1] ** -0.5, mask, 0.0).astype(q.dtype)
+    # Of a query that sees nothing the probabilities are not 0, but no logit of it counts.
+    scale = jnp.where(top > LEAST, q.shape[-1] ** -0.5, 0.0)
+    d_logits = (probs * (d_probs - rows) * scale).astype(q.dtype)
     dq = _dot("bkgts,bksd->bkgtd", d_logits, k).astype(q.dtype)
     return dq, _dot("bkgts,bkgtd->bksd", d_logits, q), dv
 
