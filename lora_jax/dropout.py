@@ -4,7 +4,7 @@
 place in the array by plain arithmetic, which a compiler puts into the pass that needs them. They are the same on every
 platform, jitted or not, under `vmap` and however the array is split over devices; a backward pass computes them again
 and keeps no mask. Keys are split and folded by JAX's own generator. What is left to an entry is a hash of a dozen
-operations: Threefry, of 110, took a tenth of a step of a small encoder (2 CPU cores).
+operations: Threefry with its 20 rounds took a tenth of a step of a small encoder (2 CPU cores).
 """
 
 import functools
@@ -65,7 +65,7 @@ def _of_places(words_2: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
     row = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) if shape else place
-    # With one word a row would be another one moved along; the second enters halfway, where no move undoes it.
+    # With one word a row could hold another one's numbers in another order; the second enters where no order undoes it.
     first, second = hashed(row ^ words_2[0], words_2[1]), hashed(row + words_2[1], words_2[0])
     return hashed(place ^ first, second)
 
@@ -73,8 +73,8 @@ def _of_places(words_2: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def hashed(x: jax.Array, key: jax.Array) -> jax.Array:
     """A number of 32 bits scrambled with a key: triple32 (Wellons, Prospecting for hash functions, 2018).
 
-    Of three multiplications and four shifts, chosen by search: flipping a bit of x flips each bit of the result in half
-    of all cases, to within 0.02 %. The key enters between the first two multiplications, which the original has not.
+    Of three multiplications and four shifts, chosen by search so that flipping a bit of x flips each bit of the result
+    in half of all cases. The key enters between the first two multiplications, which the original has not.
 
     Args:
       x, key: uint32.

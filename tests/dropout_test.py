@@ -50,7 +50,7 @@ def test_bits_are_a_hash_of_row_and_place(shape):
     np.testing.assert_array_equal(longer[: shape[0]], bits(key, shape))  # rows draw for themselves
 
 
-def test_the_hash_of_no_key_is_the_published_one():
+def test_every_bit_of_the_hash_depends_on_every_bit():
     """One-to-one, and a flipped bit of the input flips every bit of the output in half of all cases."""
     x = jnp.arange(2**16, dtype=jnp.uint32) * jnp.uint32(65521)
     out = hashed(x, jnp.uint32(0))
@@ -86,7 +86,7 @@ def test_bits_are_as_if_drawn_anew(bit):
 
 
 def test_a_row_is_no_other_row_in_another_order():
-    """Rows whose first words differ in few bits: without the second they would hold the same numbers."""
+    """Rows whose first words differ in their low bits alone: without the second they would hold the same numbers."""
     key, count, size = jax.random.key(0), 2000, 2**16
     words, rows = jax.random.key_data(key), jnp.arange(count, dtype=jnp.uint32)
     high = np.asarray(hashed(rows ^ words[0], words[1]) >> 16)

@@ -34,11 +34,9 @@ def test_less_memory_for_the_same_products(monkeypatch, quant, share):
 
 def test_who_asks_for_remat_gets_it(monkeypatch):
     """Around it nothing is kept that it gave up, and nothing is computed three times."""
-    deep = {"model": {**MODEL, "num_hidden_layers": 8}}
-    ours, alone = (compiled(monkeypatch, off, remat=True, **deep) for off in (False, True))
+    ours, alone = (compiled(monkeypatch, off, remat=True) for off in (False, True))
     assert measure.flops(ours) == measure.flops(alone)
-    kept = measure.temporaries(compiled(monkeypatch, **deep))
-    assert measure.temporaries(ours) == measure.temporaries(alone) < 0.9 * kept
+    assert measure.temporaries(ours) == measure.temporaries(alone) < 0.85 * measure.temporaries(compiled(monkeypatch))
 
 
 def test_scores_of_long_attention_are_not_kept(monkeypatch):

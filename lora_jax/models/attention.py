@@ -34,6 +34,7 @@ def attend(
     mask: Array | Mask | None,
     dropout: Dropped | None = None,
     beside: Beside | None = None,
+    recomputed: bool = False,
 ) -> Array:
     """Scaled dot-product attention; H = K * G query heads share K key heads, G neighbours each.
 
@@ -47,6 +48,9 @@ def attend(
       dropout: applied to the probabilities (B, K, G, T, S), or (B, K, G, T, N + S) with `beside`. None drops nothing.
       beside: keys and values of N virtual tokens; they come first. The result is that of concatenated keys and values,
         but neither these nor a cache are copied.
+      recomputed: whether the layer is one that the backward pass computes again whole (remat). Then plain autodiff does
+        it, with no more than one layer's scores to hold: of the rule's products XLA on a CPU orders those of several
+        layers side by side (30M Llama, 8 rows of 128 tokens, remat: 196 MB of temporaries, by the rule 219).
 
     Returns:
       (B, T, H * D), q's dtype. Logits and softmax are float32.
@@ -55,8 +59,8 @@ def attend(
         if dropout is None and beside is None and q_BxTxHxD.shape[1] == k_BxKxSxD.shape[2] == mask.length:
             return _one_step(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask)
         mask = mask.dense()
-    if beside is not None:
-        return keep(_with_beside(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask, dropout, beside))
+    if beside is not None or (recomputed and not _by_chunks(q_BxTxHxD.shape[1], dropout)):
+        return keep(_by_autodiff(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask, dropout, beside))
     b, t, h, d = q_BxTxHxD.shape
     kv = k_BxKxSxD.shape[1]
     key, rate = (None, 0.0) if dropout is None else dropout
@@ -89,7 +93,7 @@ def _plain(q_BxKxGxTxD: Array, k_BxKxSxD: Array, v_BxKxSxD: Array, mask_BxTxS, k
 
 
 def _forward(q, k, v, mask, key, rate: float) -> tuple[Array, Any]:
-    if _by_chunks(q, key):
+    if _by_chunks(q.shape[3], key):
         one = lambda xs: _attended(xs["q"], k, v, xs.get("mask", mask), None, 0.0)  # noqa: E731
         out, top, log_sum = (_whole(x, q.shape[3]) for x in jax.lax.map(one, _cut(q.shape[3], mask, q=q)))
     else:
@@ -124,7 +128,7 @@ def masked(logits_BxKxGxTxS: Array, mask_BxTxS: Array | None) -> Array:
 
 def _backward(rate: float, kept: Any, cotangent: Array) -> tuple:
     q, k, v, mask, key, out, top, log_sum = kept
-    if not _by_chunks(q, key):
+    if not _by_chunks(q.shape[3], key):
         dq, dk, dv = _pulled(q, k, v, mask, key, rate, out, top, log_sum, cotangent)
         return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
@@ -157,12 +161,12 @@ def _pulled(q, k, v, mask, key, rate, out, top, log_sum, cotangent) -> tuple[Arr
     return dq, _dot("bkgts,bkgtd->bksd", d_logits, q), dv
 
 
-def _by_chunks(q_BxKxGxTxD: Array, key: Array | None) -> bool:
+def _by_chunks(queries: int, dropout: Any) -> bool:
     """Whether queries come chunk by chunk, so that memory for scores is that of one chunk.
 
     All of them take T * S for every head and layer (Rabe and Staats 2021, arXiv 2112.05682, who cut up keys as well).
     """
-    return q_BxKxGxTxD.shape[3] > LONG and key is None
+    return queries > LONG and dropout is None
 
 
 def _cut(t: int, mask_BxTxS: Array | None, **arrays: Array) -> dict[str, Array]:
@@ -186,15 +190,18 @@ def _whole(x: Array, t: int) -> Array:
     return x.reshape(*x.shape[:3], -1, x.shape[-1])[:, :, :, :t]
 
 
-def _with_beside(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_BxTxS, dropout: Dropped | None, beside: Beside) -> Array:
-    """`attend` where virtual tokens stand beside the text, under plain autodiff."""
+def _by_autodiff(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_BxTxS, dropout: Dropped | None, beside: Beside | None) -> Array:
+    """`attend` by the textbook."""
     b, t, h, d = q_BxTxHxD.shape
-    kv, n = k_BxKxSxD.shape[1], beside.values_KxNxD.shape[1]
-    q = q_BxTxHxD.reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4)
-    own = _dot("bkgtd,knd->bkgtn", q, beside.keys_KxNxD.astype(q.dtype))
-    own = masked(own * d**-0.5, beside.mask_BxTxN)
-    probs = jax.nn.softmax(jnp.concatenate([own, _logits(q, k_BxKxSxD, mask_BxTxS)], axis=-1), axis=-1)
-    probs = probs.astype(v_BxKxSxD.dtype)
+    kv, n = k_BxKxSxD.shape[1], 0 if beside is None else beside.values_KxNxD.shape[1]
+    q = q_BxTxHxD.reshape(b, t, kv, h // kv, d)
+    logits = masked(_dot("btkgd,bksd->bkgts", q, k_BxKxSxD) * d**-0.5, mask_BxTxS)
+    if beside is not None:
+        own = _dot("btkgd,knd->bkgtn", q, beside.keys_KxNxD.astype(q.dtype)) * d**-0.5
+        logits = jnp.concatenate([masked(own, beside.mask_BxTxN), logits], axis=-1)
+    probs = jax.nn.softmax(logits, axis=-1).astype(v_BxKxSxD.dtype)
     probs = probs if dropout is None else dropout(probs)
-    out = jnp.einsum("bkgtn,knd->btkgd", probs[..., :n], beside.values_KxNxD.astype(probs.dtype))
-    return (out + jnp.einsum("bkgts,bksd->btkgd", probs[..., n:], v_BxKxSxD)).reshape(b, t, h * d)
+    out = jnp.einsum("bkgts,bksd->btkgd", probs[..., n:], v_BxKxSxD)
+    if beside is not None:
+        out = jnp.einsum("bkgtn,knd->btkgd", probs[..., :n], beside.values_KxNxD.astype(probs.dtype)) + out
+    return out.reshape(b, t, h * d)

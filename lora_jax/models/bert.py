@@ -100,7 +100,7 @@ class Attention(nn.Module):
             asking, mask = layers.take(x_BxTxD, at_BxS), masks.take_queries(mask, at_BxS)
             beside = beside and beside._replace(mask_BxTxN=masks.take_queries(beside.mask_BxTxN, at_BxS))
         dropout = layers.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic).drawn()
-        out = attend(heads("query", asking), k, v, mask, dropout, beside)
+        out = attend(heads("query", asking), k, v, mask, dropout, beside, c.remat)
         out = linear.Dense(width, name="output")(out)
         out = layers.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(out)
         return layers.LayerNorm(c.layer_norm_eps, name="output_norm")(asking + out)

@@ -84,7 +84,7 @@ class Attention(nn.Module):
         if stored is not None:
             k, v = caches.write(stored[0], k, start), caches.write(stored[1], v, start)
         dropout = layers.Dropout(c.attention_dropout, deterministic=deterministic)
-        out = attend(q, k, v, mask, dropout.drawn(), beside)
+        out = attend(q, k, v, mask, dropout.drawn(), beside, c.remat)
         return linear.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(out), (k, v)
 
 

@@ -88,8 +88,8 @@ def inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
 def cross_entropy(logits: Array, targets: Array) -> Array:
     """Negative log likelihood of each target.
 
-    With a derivative rule of its own: of the softmax only each row's normalizer is kept, and the gradient is written
-    in one pass, where plain autodiff makes four arrays of the logits' size. Reverse-mode only.
+    With a derivative rule of its own: of the softmax only each row's normalizer is kept, and the gradient is written in
+    one pass from it, where plain autodiff keeps the exponentials too. Reverse-mode only.
 
     Args:
       logits: (..., V), any float; computed in float32.

@@ -49,6 +49,8 @@ def derivatives(attend, qkv, *more):
 def test_the_rule_is_that_of_plain_autodiff(shape, rate):
     mask = None if shape is None else mask_of(shape)
     dropout = Dropped(jax.random.key(0), rate) if rate else None
+    given = attention.attend(*arrays(), mask, dropout), written_out(*arrays(), mask, dropout)
+    np.testing.assert_allclose(*given, atol=1e-6)
     found, expected = (derivatives(f, arrays(), mask, dropout) for f in (attention.attend, written_out))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6), found, expected)
 
@@ -106,6 +108,7 @@ def test_attention_in_chunks_is_attention(short, shape):
     mask = None if shape is None else mask_of(shape)
     program = str(jax.make_jaxpr(attention.attend)(*arrays(), mask))
     assert "scan" in program, "no chunks were made"
+    np.testing.assert_allclose(attention.attend(*arrays(), mask), written_out(*arrays(), mask), atol=1e-6)
     found, expected = (derivatives(f, arrays(), mask) for f in (attention.attend, written_out))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6), found, expected)
 

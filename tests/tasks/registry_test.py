@@ -8,7 +8,6 @@ import pytest
 from lora_jax import tasks
 from lora_jax.data import Record, Splits
 from lora_jax.errors import UserError
-from lora_jax.recompute import between_products
 from lora_jax.tasks import base
 
 
@@ -85,16 +84,16 @@ def test_the_derivative_of_cross_entropy():
     np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=0.02)
 
 
-def test_a_loss_reads_and_writes_the_logits_less_often():
-    """Than under plain autodiff, which also keeps their exponentials."""
+def test_a_loss_passes_over_the_logits_less_often():
+    """A step's loss and its gradient, beside plain autodiff, which also keeps the exponentials."""
     x, w, targets = jnp.ones((256, 16)), jnp.ones((16, 4096)), jnp.zeros(256, jnp.int32)
 
     def passes(nll):
-        loss = between_products(lambda x: jnp.sum(nll(x @ w, targets)))
-        return jax.jit(jax.grad(loss)).lower(x).compile().cost_analysis()["bytes accessed"] / (256 * 4096 * 4)
+        step = jax.jit(jax.value_and_grad(lambda x: jnp.sum(nll(x @ w, targets))))
+        return step.lower(x).compile().cost_analysis()["bytes accessed"] / (256 * 4096 * 4)
 
-    plain = lambda z, t: jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, t[:, None], -1)[:, 0]  # noqa: E731
-    assert passes(base.cross_entropy) < 9 < passes(plain)
+    plain = lambda z, t: jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(base._hit(z, t), z, 0.0), axis=-1)  # noqa: E731
+    assert passes(base.cross_entropy) < 0.9 * passes(plain)
 
 
 def test_padding_never_reaches_a_sum():
