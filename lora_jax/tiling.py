@@ -30,7 +30,7 @@ def in_tiles() -> bool:
     """Whether tiles gain anything on this CPU: everywhere but on AMD's Zen 5 and later, by what was measured on two.
 
     With 2 cores and jax 0.10.2: on Zen 4 a product of 8 x 512 and 512 x 512 takes 44 us in tiles and 96 in rows; Zen 5
-    reads rows as fast, and laying out costs a tenth of a text (30M Llama, 8 rows, 1,235 tokens/s against 1,064).
+    reads rows as fast, and laying out costs a twelfth of a text (30M Llama, 8 rows, 1,235 tokens/s against 1,064).
     """
     try:
         lines = _CPU.read_text(encoding="ascii", errors="replace").splitlines()

@@ -2,13 +2,13 @@
 
 FLOPs are those of the step as it is lowered for the compiler; nothing is compiled or run. Activations are what
 `jax.vjp` keeps for the backward pass, without the weights that it merely passes on. Both are estimates: a compiler
-fuses and reorders. On MiniLM with a classifier, 32 rows of 64 tokens (CPU, jax 0.10.2, measured 2026-11-22):
+fuses and reorders. On MiniLM with a classifier, 32 rows of 64 tokens (CPU, jax 0.10.2, compiled 2026-11-28):
 
     adapter                   GFLOP a step, compiled   MB of activations, compiled's temporaries
-    lora on q,v, all layers         82.0      83.2               176     237
-    lora on q,v, last layer         42.0      41.9                66      63
-    full                           121.4     124.7               191     321
-    head                            41.8      41.7                59      63
+    lora on q,v, all layers         79.9      78.5               193     254
+    lora on q,v, last layer         40.2      39.5                66      60
+    full                           119.3     118.4               193     454, its gradients of 91 among them
+    head                            40.0      39.4                59      60
 """
 
 import dataclasses
@@ -163,11 +163,11 @@ def _activations(apply, adapter, task, mask, state, variables, batch) -> int:
     def kept(state, variables, batch):
         adapter_key, base_key = step_keys(state.seed, state.step)
 
-        def loss(trainable):
+        def model(trainable):
             bound = adapter.bind(variables, delta_of(state._replace(trainable=trainable), mask), key=adapter_key)
-            return task.loss(apply(bound, **task.inputs(batch), dropout_key=base_key), batch)[0]
+            return apply(bound, **task.inputs(batch), dropout_key=base_key)
 
-        return jax.vjp(between_products(loss), state.trainable)[1]
+        return _residuals(model, task, batch, state.trainable)
 
     there = (variables, state.trainable, state.frozen, batch)
     return _new_bytes(jax.eval_shape(kept, state, variables, batch), there)
@@ -181,11 +181,16 @@ def _working(base, task, variables, batch) -> int:
 
     def kept(variables, batch):
         _, key = step_keys(jnp.uint32(0), jnp.int32(0))
-        loss = lambda v: task.loss(base.apply(v, **task.inputs(batch), dropout_key=key), batch)[0]  # noqa: E731
-        return jax.vjp(between_products(loss), variables)[1]
+        model = lambda v: base.apply(v, **task.inputs(batch), dropout_key=key)  # noqa: E731
+        return _residuals(model, task, batch, variables)
 
     total = _new_bytes(jax.eval_shape(kept, variables, batch), (variables, batch))
     return total // max(1, count_layers(base.sites))
+
+
+def _residuals(model, task, batch, at) -> Any:
+    """What a step's forward pass leaves for the backward pass, by the same rule as in `step`."""
+    return jax.vjp(lambda x: task.loss(between_products(model)(x), batch)[0], at)[1]
 
 
 def _new_bytes(residuals: Any, there: Any) -> int:

@@ -65,9 +65,7 @@ def attend(
     kv = k_BxKxSxD.shape[1]
     key, rate = (None, 0.0) if dropout is None else dropout
     q_BxKxGxTxD = q_BxTxHxD.reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4)
-    out = _plain(q_BxKxGxTxD, k_BxKxSxD, v_BxKxSxD, mask, key, rate)
-    # Kept in this order too, for the factors' gradients of the product that follows.
-    return keep(out.transpose(0, 3, 1, 2, 4).reshape(b, t, h * d))
+    return _plain(q_BxKxGxTxD, k_BxKxSxD, v_BxKxSxD, mask, key, rate)
 
 
 def _named(q_BxTxHxD: Array, k_BxKxTxD: Array, v_BxKxTxD: Array, mask: Mask) -> Array:
@@ -88,7 +86,7 @@ _one_step.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _plain(q_BxKxGxTxD: Array, k_BxKxSxD: Array, v_BxKxSxD: Array, mask_BxTxS, key, rate: float) -> Array:
-    """(B, K, G, T, D), q's dtype; `key` and `rate` are of dropout, None and 0 without."""
+    """(B, T, H * D), q's dtype; `key` and `rate` are of dropout, None and 0 without."""
     return _forward(q_BxKxGxTxD, k_BxKxSxD, v_BxKxSxD, mask_BxTxS, key, rate)[0]
 
 
@@ -98,8 +96,21 @@ def _forward(q, k, v, mask, key, rate: float) -> tuple[Array, Any]:
         out, top, log_sum = (_whole(x, q.shape[3]) for x in jax.lax.map(one, _cut(q.shape[3], mask, q=q)))
     else:
         out, top, log_sum = _attended(q, k, v, mask, key, rate)
-    out, top, log_sum = (keep(x) for x in (out, top, log_sum))
+    # In the layout that goes out, which the factors' gradients of the product that follows read too.
+    out, top, log_sum = (keep(x) for x in (_joined(out), top, log_sum))
     return out, (q, k, v, mask, key, out, top, log_sum)
+
+
+def _joined(x_BxKxGxTxD: Array) -> Array:
+    """(B, T, H * D)."""
+    b, k, g, t, d = x_BxKxGxTxD.shape
+    return x_BxKxGxTxD.transpose(0, 3, 1, 2, 4).reshape(b, t, k * g * d)
+
+
+def _parted(x_BxTxF: Array, like_BxKxGxTxD: Array) -> Array:
+    """Undoes `_joined`."""
+    b, k, g, t, d = like_BxKxGxTxD.shape
+    return x_BxTxF.reshape(b, t, k, g, d).transpose(0, 2, 3, 1, 4)
 
 
 def _attended(q_BxKxGxTxD, k_BxKxSxD, v_BxKxSxD, mask_BxTxS, key, rate) -> tuple[Array, Array, Array]:
@@ -128,6 +139,7 @@ def masked(logits_BxKxGxTxS: Array, mask_BxTxS: Array | None) -> Array:
 
 def _backward(rate: float, kept: Any, cotangent: Array) -> tuple:
     q, k, v, mask, key, out, top, log_sum = kept
+    out, cotangent = _parted(out, q), _parted(cotangent, q)
     if not _by_chunks(q.shape[3], key):
         dq, dk, dv = _pulled(q, k, v, mask, key, rate, out, top, log_sum, cotangent)
         return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None

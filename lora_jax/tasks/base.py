@@ -15,7 +15,6 @@ import numpy as np
 
 from lora_jax.data.records import Record, Splits
 from lora_jax.errors import UserError, did_you_mean
-from lora_jax.lift import keep
 from lora_jax.lift.later import after
 
 Array = Any
@@ -103,7 +102,7 @@ def cross_entropy(logits: Array, targets: Array) -> Array:
 
 def _nll(logits: Array, targets: Array) -> tuple[Array, Any]:
     z = logits.astype(jnp.float32)
-    total = keep(jax.nn.logsumexp(z, axis=-1))
+    total = jax.nn.logsumexp(z, axis=-1)
     nll = total - jnp.sum(jnp.where(_hit(z, targets), z, 0.0), axis=-1)
     # After the loss: nothing else waits for that, so a compiler may put it last and hold the logits all the while.
     return nll, (logits, targets, after(total, nll))
