@@ -15,6 +15,7 @@ ORDER = [
     ["dropout"],
     ["sites"],
     ["lift"],
+    ["likelihood"],
     ["virtual"],
     ["adapters"],
     ["quant"],

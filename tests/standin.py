@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax import trees
 from lora_jax.data import Record
 from lora_jax.lift import find_sites
+from lora_jax.likelihood import cross_entropy
 from lora_jax.tasks import base as tasks
 
 VOCAB, WIDTH = 12, 8
@@ -93,7 +94,7 @@ def _encode(record):
 
 
 def _nll(outputs, batch):
-    return tasks.weighted(tasks.cross_entropy(outputs, batch["targets"]), batch["weights"])
+    return tasks.weighted(cross_entropy(outputs, batch["targets"]), batch["weights"])
 
 
 def _hits(outputs, batch):

@@ -1,9 +1,11 @@
-"""Control flow is entered: jit, remat, scan, while, cond, shard_map. Functions with their own derivative are not.
+"""Control flow is entered: jit, remat, scan, while, cond, shard_map. Functions with their own derivative are not, but
+for those that say it is the usual one.
 
 Each function rebuilds the construct with JAX's public API around an interpretation of its body, with adapted weights
 passed through as the pytrees they are.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +33,30 @@ def _jit(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
     # A weight that reaches only an output which the caller drops is not used.
     wanted = [v in self.needed for v in eqn.outvars]
     return self.run(jaxpr, consts, operands, stack, wanted)
+
+
+_USUAL = "usual_derivative"
+
+
+def usual(function: Callable) -> Callable:
+    """For a function that `jax.custom_vjp` is given a rule for: says that the rule's result is the usual derivative.
+
+    Where an adapted weight enters, the function is then opened, and the derivative is that of what is inside.
+    """
+
+    def call(*args):
+        return function(*args)
+
+    call.__name__ = _USUAL  # a name is what a program shows of a function
+    return jax.jit(call)
+
+
+@enter("custom_vjp_call")
+def _own_rule(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
+    jaxpr, consts = opened(eqn.params["call_jaxpr"])
+    if [e.params.get("name") for e in jaxpr.eqns] != [_USUAL]:
+        raise NotStructural
+    return self.run(jaxpr, consts, operands, stack)
 
 
 @enter("remat2", "remat", "checkpoint")

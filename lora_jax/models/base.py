@@ -139,11 +139,14 @@ def make_apply(family: ModuleType, config: Any) -> Callable:
       segment_ids: (B, T) int32, 0 = padding, 1.. = packed segments; tokens see their own segment only.
       pool_at: (B, S) int32, the slots to pool at; the result then has an axis S. On a decoder without `num_labels`:
         the slots whose next-token logits are wanted.
+      targets: (B, T) int32, or (B, S) with `pool_at`, on a decoder without `num_labels`: the function then returns each
+        slot's likelihood in place of its logits, of which those of a part of the slots are there at a time.
       cache: from `Base.init_cache`; the function then returns (output, cache).
       dropout_key: turns the checkpoint's dropout on.
       output: None, or "hidden" for the last hidden states (B, T, D).
     Returns:
-      decoder: (B, T, V) logits; encoder: (B, T, D) hidden states; with `num_labels`: (B, num_labels).
+      decoder: (B, T, V) logits, or with `targets` (B, T) negative log likelihoods, float32; encoder: (B, T, D) hidden
+        states; with `num_labels`: (B, num_labels).
     """
     model = family.Model(config)
 
@@ -156,6 +159,7 @@ def make_apply(family: ModuleType, config: Any) -> Callable:
         positions=None,
         segment_ids=None,
         pool_at=None,
+        targets=None,
         cache=None,
         dropout_key=None,
         output=None,
@@ -163,6 +167,11 @@ def make_apply(family: ModuleType, config: Any) -> Callable:
         if output not in (None, "hidden"):
             raise UserError(f"output must be None or 'hidden', got {output!r}")
         given = {"positions": positions, "segment_ids": segment_ids, "pool_at": pool_at, "output": output}
+        if targets is not None:
+            _needs(family.HAS_CACHE and config.num_labels is None, "targets", config)
+            if output is not None:
+                raise UserError("targets are scored by logits, which output='hidden' leaves out; give one of them")
+            given["targets"] = targets
         if cache is not None:
             _needs(family.HAS_CACHE, "cache", config)
             if segment_ids is not None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.errors import UserError
+from lora_jax.likelihood import of_product
 
 OTHER = "are they those of another config?"
 
@@ -61,6 +62,20 @@ class Dense(nn.Module):
         return y if bias_F is None else y + bias_F.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
+class Head(nn.Module):
+    """A language model's last product, x W: logits, or with targets the negative log likelihood of each."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, targets: jax.Array | None = None) -> jax.Array:
+        kernel_DxV = weight(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        if targets is not None:
+            return of_product(x, kernel_DxV, targets, 0)
+        dtype = jnp.result_type(x, kernel_DxV)
+        return jax.lax.dot_general(x.astype(dtype), kernel_DxV.astype(dtype), (((x.ndim - 1,), (0,)), ((), ())))
+
+
 class Embed(nn.Module):
     """A table of one row per id; `attend` gives the products with all rows, for a model that ties its head to it."""
 
@@ -76,7 +91,9 @@ class Embed(nn.Module):
             return jnp.broadcast_to(self.embedding, (*ids.shape, self.features))
         return jnp.take(self.embedding, ids, axis=0)
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """(..., features) -> (..., num_embeddings)."""
+    def attend(self, x: jax.Array, targets: jax.Array | None = None) -> jax.Array:
+        """(..., features) -> (..., num_embeddings); with targets the negative log likelihood of each."""
+        if targets is not None:
+            return of_product(x, self.embedding, targets, 1)
         dtype = jnp.result_type(x, self.embedding)
         return jnp.dot(x.astype(dtype), self.embedding.astype(dtype).T)

@@ -132,6 +132,7 @@ class Model(nn.Module):
         positions=None,
         segment_ids=None,
         pool_at=None,
+        targets=None,
         cache: Cache | None = None,
         deterministic: bool = True,
         output: str | None = None,
@@ -162,7 +163,7 @@ class Model(nn.Module):
             x, stored = blocks[i](x, angles, seen[window], stored, start, deterministic, beside.get(i))
             stores.append(stored)
         x = layers.RMSNorm(c.rms_norm_eps, name="norm")(x)
-        out = x if output == "hidden" else self._head(x, embed, tokens, attention_mask, segment_ids, pool_at)
+        out = x if output == "hidden" else self._head(x, embed, tokens, attention_mask, segment_ids, pool_at, targets)
         if cache is None:
             return out
         keys, values = zip(*stores, strict=True)
@@ -201,14 +202,15 @@ class Model(nn.Module):
         seen = {w: virtual_tokens.in_window(positions, virtual.length, w) for w in set(c.windows)}
         return {i: own._replace(mask_BxTxN=seen[c.windows[i]]) for i, own in out.items()}
 
-    def _head(self, x, embed, tokens, attention_mask, segment_ids, pool_at):
-        """Class logits at the pooled slots, or next-token logits (at all slots unless `pool_at` names some)."""
+    def _head(self, x, embed, tokens, attention_mask, segment_ids, pool_at, targets):
+        """Class logits at the pooled slots, or next-token logits, at all slots unless `pool_at` names some; all of
+        these, or what they say of targets."""
         c = self.config
         if c.num_labels is None:
             x = x if pool_at is None else layers.take(x, pool_at)
             if c.tie_word_embeddings:
-                return embed.attend(x)
-            return linear.Dense(c.vocab_size, use_bias=False, name="lm_head")(x)
+                return embed.attend(x, targets)
+            return linear.Head(c.vocab_size, name="lm_head")(x, targets)
         at = pool_at if pool_at is not None else self._last(tokens, attention_mask, segment_ids)[:, None]
         logits = linear.Dense(c.num_labels, use_bias=False, name="score")(layers.take(x, at))
         return logits if pool_at is not None else logits[:, 0]

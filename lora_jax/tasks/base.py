@@ -9,13 +9,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.data.records import Record, Splits
 from lora_jax.errors import UserError, did_you_mean
-from lora_jax.lift.later import after
 
 Array = Any
 Example = dict[str, np.ndarray]
@@ -81,45 +79,6 @@ def inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
     if batch["ids"].shape[1] == 1:
         return {**out, "attention_mask": batch["segment_ids"] > 0}
     return {**out, "segment_ids": batch["segment_ids"], "positions": batch["positions"]}
-
-
-@jax.custom_vjp
-def cross_entropy(logits: Array, targets: Array) -> Array:
-    """Negative log likelihood of each target.
-
-    With a derivative rule of its own: of the softmax only each row's normalizer is kept, and the gradient is written in
-    one pass from it, where plain autodiff keeps the exponentials too. Reverse-mode only.
-
-    Args:
-      logits: (..., V), any float; computed in float32.
-      targets: (...), int32.
-
-    Returns:
-      (...), float32.
-    """
-    return _nll(logits, targets)[0]
-
-
-def _nll(logits: Array, targets: Array) -> tuple[Array, Any]:
-    z = logits.astype(jnp.float32)
-    total = jax.nn.logsumexp(z, axis=-1)
-    nll = total - jnp.sum(jnp.where(_hit(z, targets), z, 0.0), axis=-1)
-    # After the loss: nothing else waits for that, so a compiler may put it last and hold the logits all the while.
-    return nll, (logits, targets, after(total, nll))
-
-
-def _nll_pulled(kept: Any, cotangent: Array) -> tuple[Array, None]:
-    logits, targets, total = kept
-    probs = jnp.exp(logits.astype(jnp.float32) - total[..., None])
-    return (cotangent[..., None] * (probs - _hit(probs, targets))).astype(logits.dtype), None
-
-
-cross_entropy.defvjp(_nll, _nll_pulled)
-
-
-def _hit(z: Array, targets: Array) -> Array:
-    """Where the target is: by comparison, not gathered, so that a vocabulary split over devices stays where it is."""
-    return targets[..., None] == jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
 
 
 def weighted(values: Array, weights: Array) -> Array:

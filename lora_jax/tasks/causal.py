@@ -40,10 +40,14 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
 
+def inputs(batch):
+    """As of `base`, with the targets: the model then returns likelihoods, and no logits of the whole batch."""
+    return {**base.inputs(batch), "targets": batch["targets"]}
+
+
 def loss(outputs, batch):
-    """(sum, weight) of the next-token loss; outputs (B,T,V)."""
-    nll_BxT = base.cross_entropy(outputs, batch["targets"])
-    return jnp.sum(base.weighted(nll_BxT, batch["weights"])), jnp.sum(batch["weights"])
+    """(sum, weight) of the next-token loss; outputs (B,T), the negative log likelihood of each target."""
+    return jnp.sum(base.weighted(outputs, batch["weights"])), jnp.sum(batch["weights"])
 
 
 def sums(outputs, batch):
@@ -60,7 +64,7 @@ def summary(totals: Mapping[str, Any]) -> dict[str, float]:
 
 def per_example(outputs, batch):
     """Summed loss and number of target tokens of each segment, (B,S) each."""
-    nll_BxT = base.weighted(base.cross_entropy(outputs, batch["targets"]), batch["weights"])
+    nll_BxT = base.weighted(outputs, batch["weights"])
     numbers_S = jnp.arange(1, batch["ids"].shape[1] + 1)
     own_BxTxS = (batch["segment_ids"][:, :, None] == numbers_S[None, None, :]).astype(jnp.float32)
     return {

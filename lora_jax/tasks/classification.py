@@ -17,6 +17,7 @@ import numpy as np
 from lora_jax.data import preview as previews
 from lora_jax.data.records import Record, Splits
 from lora_jax.errors import UserError, did_you_mean
+from lora_jax.likelihood import cross_entropy
 from lora_jax.tasks import base
 
 FIELDS = ("text", "text_pair", "label")
@@ -175,7 +176,7 @@ def _parts(outputs, batch):
 
 def _loss(outputs, batch):
     logits, labels, weights = _parts(outputs, batch)
-    return jnp.sum(base.weighted(base.cross_entropy(logits, labels), weights)), jnp.sum(weights)
+    return jnp.sum(base.weighted(cross_entropy(logits, labels), weights)), jnp.sum(weights)
 
 
 def _sums(outputs, batch):
@@ -207,9 +208,9 @@ def _per_example(outputs, batch):
     shape = batch["ids"].shape
     logits, labels, _ = _parts(outputs, batch)
     guess = jnp.argmax(logits, axis=-1)
-    log_probability = -base.cross_entropy(logits, guess)
+    log_probability = -cross_entropy(logits, guess)
     return {
-        "loss": base.cross_entropy(logits, labels).reshape(shape),
+        "loss": cross_entropy(logits, labels).reshape(shape),
         "guess": guess.reshape(shape),
         "probability": jnp.exp(log_probability).reshape(shape),
     }

@@ -58,7 +58,7 @@ def language_modeling(
         options={"chunks": chunks, "separator": separator},
         prepare=cutter.records if chunks == "records" else cutter.contiguous,
         encode=cutter.encode,
-        inputs=base.inputs,
+        inputs=causal.inputs,
         loss=causal.loss,
         sums=causal.sums,
         summary=causal.summary,

@@ -53,7 +53,7 @@ def sft(
         name="sft",
         options={"template": template, "loss_on": loss_on},
         encode=coder.encode,
-        inputs=base.inputs,
+        inputs=causal.inputs,
         loss=causal.loss,
         sums=causal.sums,
         summary=causal.summary,

@@ -1,7 +1,5 @@
 """Tasks are found by their file, and options they do not have are refused with the nearest name."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -56,44 +54,6 @@ def test_options_of_a_task_make_it_again(decoder_tokenizer):
             tokenizer=decoder_tokenizer, max_length=16, splits=splits(*values[name]), **made.options
         )
         assert again.options == made.options and again.labels == made.labels
-
-
-def test_cross_entropy_is_exact_and_stable():
-    rng = np.random.default_rng(0)
-    logits, targets = rng.normal(size=(3, 4, 7)), rng.integers(0, 7, (3, 4))
-    expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    np.testing.assert_allclose(base.cross_entropy(logits, targets), expected, rtol=1e-5)
-    np.testing.assert_allclose(base.cross_entropy(logits * 1e4, targets).min(), 0, atol=1e-6)
-    assert np.isfinite(base.cross_entropy(logits * 1e4, targets)).all()
-    half = base.cross_entropy(np.asarray(logits, np.float16), targets)
-    assert half.dtype == np.float32
-    np.testing.assert_allclose(half, expected, atol=5e-3)
-
-
-def test_the_derivative_of_cross_entropy():
-    """Against plain autodiff, with a factor of its own for every token; the dtype is that of the logits."""
-    rng = np.random.default_rng(0)
-    logits, targets = jnp.asarray(rng.normal(size=(3, 4, 7)), jnp.float32), jnp.asarray(rng.integers(0, 7, (3, 4)))
-    factors = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
-    plain = lambda z: -jnp.take_along_axis(jax.nn.log_softmax(z), targets[..., None], -1)[..., 0]  # noqa: E731
-    found = jax.grad(lambda z: jnp.sum(factors * base.cross_entropy(z, targets)))(logits)
-    expected = jax.grad(lambda z: jnp.sum(factors * plain(z)))(logits)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    half = jax.grad(lambda z: jnp.sum(factors * base.cross_entropy(z, targets)))(logits.astype(jnp.bfloat16))
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=0.02)
-
-
-def test_a_loss_passes_over_the_logits_less_often():
-    """A step's loss and its gradient, beside plain autodiff, which also keeps the exponentials."""
-    x, w, targets = jnp.ones((256, 16)), jnp.ones((16, 4096)), jnp.zeros(256, jnp.int32)
-
-    def passes(nll):
-        step = jax.jit(jax.value_and_grad(lambda x: jnp.sum(nll(x @ w, targets))))
-        return step.lower(x).compile().cost_analysis()["bytes accessed"] / (256 * 4096 * 4)
-
-    plain = lambda z, t: jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(base._hit(z, t), z, 0.0), axis=-1)  # noqa: E731
-    assert passes(base.cross_entropy) < 0.9 * passes(plain)
 
 
 def test_padding_never_reaches_a_sum():
