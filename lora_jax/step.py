@@ -148,7 +148,7 @@ def train_step(
         return apply(adapter.bind(variables, delta, key=adapter_key), **inputs)
 
     def loss_sum(trainable, frozen, variables, batch, keys):
-        # Without the loss: a language model's logits would be copied, to be kept.
+        # Without the loss: logits that it reads would be copied, to be kept.
         outputs = recompute.between_products(model)(trainable, frozen, variables, batch, keys)
         total, weight = task.loss(outputs, batch)
         return total.astype(jnp.float32), weight.astype(jnp.float32)
