@@ -63,8 +63,10 @@ test-all: lint  ## lint and every test
 
 # What depends on JAX itself: the transform, methods, formats, models, training. The rest is the same on every version.
 CORE := tests/lift tests/adapters tests/quant/weight_test.py tests/models tests/saving_test.py tests/audit_test.py \
-	tests/sharding_test.py tests/step_test.py tests/recompute_test.py tests/tiling_test.py tests/optim_test.py tests/checkpoint_test.py tests/train_test.py \
-	tests/train_methods_test.py tests/ablation/running/packed_test.py tests/generate_test.py tests/import_order_test.py tests/sites_test.py tests/trees_test.py tests/dropout_test.py
+	tests/sharding_test.py tests/step_test.py tests/recompute_test.py tests/likelihood_test.py tests/tiling_test.py \
+	tests/optim_test.py tests/checkpoint_test.py tests/train_test.py tests/train_methods_test.py \
+	tests/ablation/running/packed_test.py tests/generate_test.py tests/import_order_test.py tests/sites_test.py \
+	tests/trees_test.py tests/dropout_test.py
 
 test-newest:  ## the core suite, without peers, on Python 3.12 or later with the newest jax
 	@if [ -z "$(NEWEST)" ]; then \

@@ -1,4 +1,4 @@
-"""Control flow is entered, functions with their own derivative are not; what is closed over does not leak."""
+"""Control flow is entered, functions with a rule of their own are not; what is closed over does not leak."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
+from lora_jax.lift import usual
 from tests.lift.checks import QUICK, axes, check, close, noisy, weights
 
 LINEAR = ((), (0,), (1,))
@@ -66,6 +67,22 @@ def test_weight_entering_a_function_with_its_own_rule(kind):
         lj.lift(apply)(adapter.bind(variables, delta), x)
     for part in ("'block/w' of shape (6, 6)", f"enters '{kind}'", "in module 'my_module'", "on_dense='allow'"):
         assert part in str(caught.value)
+
+
+def test_a_rule_that_is_said_to_be_the_usual_one_is_opened_for_an_adapted_weight_alone():
+    """The rule here gives zeros, so that one sees which derivative was taken."""
+    product = jax.custom_vjp(usual(lambda x, w: x @ w))
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, dy: jax.tree.map(jnp.zeros_like, kept))
+    variables, x = {"w": weights(6, 6)}, weights(5, 6)
+    inside, beside = lambda v, x: product(x, v["w"]), lambda v, x: product(x, weights(6, 6)) @ v["w"]
+    adapter, delta = bound(inside, variables, x)
+    assert lj.find_sites(inside, variables, x)["w"].fan_in == (0,)
+
+    def slope(function, x):
+        return jax.grad(lambda x: jnp.sum(lj.lift(function)(adapter.bind(variables, delta), x)))(x)
+
+    close(slope(inside, x), jax.grad(lambda x: jnp.sum(x @ adapter.merge(variables, delta)["w"]))(x), 1e-4)
+    assert not np.any(slope(beside, x))
 
 
 def test_while_and_fori_with_weights_as_constants():
