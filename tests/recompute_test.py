@@ -39,6 +39,19 @@ def test_who_asks_for_remat_gets_it(monkeypatch):
     assert measure.temporaries(ours) == measure.temporaries(alone) < 0.85 * measure.temporaries(compiled(monkeypatch))
 
 
+def test_no_merged_weight_waits_to_be_computed_again():
+    """What a layer more takes under remat is its input and its factors, not its merged weights."""
+
+    def taken(layers):
+        model = {**MODEL, "num_hidden_layers": layers}
+        work = llama.work({"model": model, "batch": 1, "length": 8, "rank": 2, "dtype": "float32", "remat": True})
+        step, state = llama.stepper(work, form="merged")
+        return measure.temporaries(step.lower(state, work.base.variables, work.batches[0]).compile())
+
+    weights = 4 * (4 * 64 * 64 + 3 * 64 * 176)
+    assert taken(8) - taken(4) < 4 * 0.25 * weights
+
+
 def test_scores_of_long_attention_are_not_kept(monkeypatch):
     long = {"model": {**MODEL, "max_position_embeddings": 1024}, "length": 600}
     ours, all_kept = (compiled(monkeypatch, off, **long) for off in (False, True))

@@ -64,7 +64,11 @@ def _remat(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
     jaxpr, consts = opened(eqn.params["jaxpr"])
 
     def body(*args):
-        return self.run_dense(jaxpr, consts, args, stack)
+        outside, self.again = self.again, True
+        try:
+            return self.run_dense(jaxpr, consts, args, stack)
+        finally:
+            self.again = outside
 
     remat = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
     return remat(*operands)

@@ -43,12 +43,13 @@ class Interpreter:
     Attributes:
       on_dense: 'error' or 'allow': what to do when an operation needs a weight's dense value.
       form: of low-rank products, one of `merged.FORMS`.
+      again: whether the jaxpr at hand is one that the backward pass computes again.
       used: paths of the adapted weights that some live equation consumed.
       needed: variables of the jaxpr at hand whose values something depends on.
     """
 
     def __init__(self, on_dense: str, form: str = "auto"):
-        self.on_dense, self.form = on_dense, form
+        self.on_dense, self.form, self.again = on_dense, form, False
         self.used: set[str] = set()
         self.needed: set[Any] = set()
 
@@ -96,7 +97,7 @@ class Interpreter:
             if name in RULES:
                 self.used.update(v.path for v in operands if is_adapted(v))
                 with jax.named_scope(own or name):
-                    return RULES[name](operands, {**eqn.params, "form": self.form})
+                    return RULES[name](operands, {**eqn.params, "form": self.form, "again": self.again})
         except NotStructural:
             pass
         return untouched(eqn, [self.dense(v, name, inner) for v in operands], debug_info)

@@ -7,7 +7,7 @@ made twice, for the product and for the gradient of the input: it lasts no longe
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,21 @@ Array = jax.Array
 FORMS = ("auto", "factored", "merged")
 
 
+class Options(NamedTuple):
+    """Of a product.
+
+    Attributes:
+      precision, preferred: as in `jax.lax.dot_general`.
+      again: whether the backward pass computes it again (remat). A merged weight depends on no activation, so XLA on a
+        CPU, which drops the barriers around what is computed again, would keep those of all layers from one pass to the
+        other; tied to the activation it cannot. Elsewhere the tie would have it keep the activation.
+    """
+
+    precision: Any = None
+    preferred: Any = None
+    again: bool = False
+
+
 def pays(tokens: int, n_in: int, n_out: int) -> bool:
     """Whether merging costs less than the two thin products and their sums.
 
@@ -33,7 +48,7 @@ def pays(tokens: int, n_in: int, n_out: int) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def merged(x: Array, weight: Array, a: Array, b: Array, options: tuple[Any, Any] = (None, None)) -> Array:
+def merged(x: Array, weight: Array, a: Array, b: Array, options: Options) -> Array:
     """Computes `x (W + a b)` from matrices.
 
     Args:
@@ -41,22 +56,21 @@ def merged(x: Array, weight: Array, a: Array, b: Array, options: tuple[Any, Any]
       weight: (n_in, n_out). Its gradient is computed only if it is asked for.
       a: (n_in, rank) float32.
       b: (rank, n_out) float32.
-      options: `precision` and `preferred_element_type` of the product, as in `jax.lax.dot_general`.
+      options: of the product.
 
     Returns:
       (tokens, n_out). The update is added in float32 and rounded to the weight's dtype; the factors' gradients come out
       in float32.
     """
-    return _dot(x, _merge(weight, a, b), 0, options)
+    return _dot(x, _merge(weight, a, b), 0, options.precision, options.preferred)
 
 
 def _merge(weight: Array, a: Array, b: Array) -> Array:
     return (weight.astype(jnp.float32) + a.astype(jnp.float32) @ b.astype(jnp.float32)).astype(weight.dtype)
 
 
-def _dot(x: Array, weight: Array, axis: int, options: tuple[Any, Any]) -> Array:
+def _dot(x: Array, weight: Array, axis: int, precision: Any, preferred: Any = None) -> Array:
     """Contracts the last axis of x with an axis of the weight."""
-    precision, preferred = options
     numbers = (((1,), (axis,)), ((), ()))
     return lax.dot_general(x, weight, numbers, precision=precision, preferred_element_type=preferred)
 
@@ -65,18 +79,19 @@ def _forward(x, weight, a, b, options):
     # A structure says statically whether the weight's own gradient is wanted: () is, None is not.
     wanted = () if weight.perturbed else None
     x, weight, a, b = (argument.value for argument in (x, weight, a, b))
-    return _dot(x, _merge(weight, a, b), 0, options), (x, weight, a, b, wanted)
+    whole = _merge(weight, a, after(b, x) if options.again else b)
+    return _dot(x, whole, 0, options.precision, options.preferred), (x, weight, a, b, wanted)
 
 
 def _backward(options, residuals, dy):
     x, weight, a, b, wanted = residuals
     if isinstance(dy, SymbolicZero):
         return None, None, None, None
-    precision = options[0]
+    precision = options.precision
     dy = dy.astype(x.dtype)
-    dx = _dot(dy, _merge(weight, a, after(b, dy)), 1, (precision, None)).astype(x.dtype)
-    z = _dot(x, a.astype(x.dtype), 0, (precision, None))
-    dz = _dot(dy, b.astype(x.dtype), 1, (precision, None))
+    dx = _dot(dy, _merge(weight, a, after(b, dy)), 1, precision).astype(x.dtype)
+    z = _dot(x, a.astype(x.dtype), 0, precision)
+    dz = _dot(dy, b.astype(x.dtype), 1, precision)
     da, db = factor_gradients(x, z, dz, dy, precision)
     if wanted is None:
         return dx, None, da.astype(a.dtype), db.astype(b.dtype)
@@ -88,7 +103,7 @@ def _backward(options, residuals, dy):
 merged.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def flat_merged(x: Array, weight: Array, a: Array, b: Array, options: tuple[Any, Any]) -> Array:
+def flat_merged(x: Array, weight: Array, a: Array, b: Array, options: Options) -> Array:
     """`merged` on (*lead, *fan_in), a weight (*fan_in, *fan_out) and its factors, flattened to matrices."""
     fan_in, fan_out = a.shape[:-1], b.shape[1:]
     lead = x.shape[: x.ndim - len(fan_in)]

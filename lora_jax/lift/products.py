@@ -38,7 +38,14 @@ def on_axes(x: Array, axes: Sequence[int], function: Callable[[Array], Array]) -
 
 @dataclasses.dataclass(frozen=True)
 class Dot:
-    """One `dot_general` between an activation and a weight; `form` is what the caller of `lift` asked for."""
+    """One `dot_general` between an activation and a weight.
+
+    Attributes:
+      dimension_numbers, precision, preferred, out_sharding: of the equation.
+      weight_is_lhs: which operand the weight is.
+      form: what the caller of `lift` asked for.
+      again: whether the backward pass computes it again (remat).
+    """
 
     dimension_numbers: Any
     weight_is_lhs: bool
@@ -46,6 +53,7 @@ class Dot:
     preferred: Any
     out_sharding: Any = None
     form: str = "auto"
+    again: bool = False
 
     @property
     def contract(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -191,7 +199,7 @@ class Dot:
 
     def merged(self, x: Array, weight: Array, a: Array, b: Array, axes: Axes) -> Array:
         """The equation with `weight + a b` in place of the weight, where `merges` says so; a and b as in `factored`."""
-        options = (self.precision, self.preferred)
+        options = merging.Options(self.precision, self.preferred, self.again)
         product = lambda x: merging.flat_merged(x, weight, a, b, options)  # noqa: E731
         return self._last(x, axes.fan_in, axes.fan_out, product)
 

@@ -1,8 +1,8 @@
 """What to do with an equation that consumes an adapted weight: one small rule per primitive.
 
-A rule takes the equation's operands (arrays and adapted weights) and its parameters, among them the `form` that the
-caller of `lift` asked for, and returns the list of results, or raises `NotStructural`; then, and for every primitive
-without a rule, the weight is made dense if the caller allows it.
+A rule takes the equation's operands (arrays and adapted weights) and its parameters, with the `form` that the caller
+of `lift` asked for and whether the equation is computed `again` (remat). It returns the list of results, or raises
+`NotStructural`; then, and for every primitive without a rule, the weight is made dense if the caller allows it.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def _dot(operands, params):
         raise NotStructural
     use = Dot(
         params["dimension_numbers"], weight_is_lhs, params["precision"],
-        params["preferred_element_type"], params.get("out_sharding"), params["form"],
+        params["preferred_element_type"], params.get("out_sharding"), params["form"], params["again"],
     )  # fmt: skip
     return [weight.dot_general(x, use)]
 

@@ -7,6 +7,7 @@ import pytest
 from lora_jax import data, feed, tasks
 from lora_jax.data import Record, Splits
 from lora_jax.errors import UserError
+from lora_jax.likelihood import cross_entropy
 from lora_jax.train_settings import TrainSettings
 
 TEXTS = ["The Eagle is a coffee shop.", "food", "I am content. " * 9, "a stirring film"]
@@ -91,9 +92,10 @@ def test_loss_of_packed_rows_is_that_of_the_texts(bos_tokenizer):
         batches = data.Batches(examples, 3, max_length=24, packing=packing)
         total, found = {"loss": 0.0, "weight": 0.0}, {}
         for batch in batches.in_order():
-            out = sums(table[batch["tokens"]], batch)
+            nll = cross_entropy(table[batch["tokens"]], task.inputs(batch)["targets"])
+            out = sums(nll, batch)
             total = {k: total[k] + out[k] for k in total}
-            values = jax.device_get(per_example(table[batch["tokens"]], batch))
+            values = jax.device_get(per_example(nll, batch))
             for b, s in zip(*np.nonzero(batch["ids"] >= 0), strict=True):
                 found[int(batch["ids"][b, s])] = {k: v[b, s] for k, v in values.items()}
         assert packing == (batches.segments > 1)
