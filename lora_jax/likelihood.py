@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lora_jax.lift import usual
+from lora_jax.lift import opened_as
 from lora_jax.lift.later import after
 
 FEW = 512  # tokens of a part at least, so that its products are large ones
@@ -67,8 +67,8 @@ def _hit(z: Array, targets: Array) -> Array:
 def of_product(x_BxTxD: Array, weight: Array, targets_BxT: Array, axis: int = 0) -> Array:
     """`cross_entropy(x weight, targets)`, with the logits of a part of the tokens at a time.
 
-    A weight that is itself trained has its logits stored, and under `lift` an adapted one is opened: both are then as
-    `cross_entropy` of a product. Reverse-mode only.
+    A weight that is itself trained has the logits of all tokens there, as under `lift` has one that is adapted or
+    quantized. Reverse-mode only.
 
     Args:
       x_BxTxD: any float.
@@ -79,55 +79,54 @@ def of_product(x_BxTxD: Array, weight: Array, targets_BxT: Array, axis: int = 0)
     Returns:
       (B, T) float32.
     """
-    return _whole(axis)(x_BxTxD, weight, targets_BxT)
+    return _PARTED[axis](x_BxTxD, weight, targets_BxT)
 
 
-@functools.cache
-def _whole(axis: int) -> Any:
-    """The function that `of_product` is, without its rule."""
-
-    def nll(x_BxTxD: Array, weight: Array, targets_BxT: Array) -> Array:
-        one = lambda x, targets: (cross_entropy(_logits(x, weight, axis), targets),)  # noqa: E731
-        return _by_parts(one, x_BxTxD, targets_BxT)[0]
-
-    return usual(nll)
+def _whole(axis: int, x: Array, weight: Array, targets: Array) -> Array:
+    return cross_entropy(_product(x, weight, axis), targets)
 
 
-def _logits(x: Array, weight: Array, axis: int) -> Array:
+def _parted(axis: int) -> Any:
+    """`_whole`, part by part. A method's dropout must see all tokens at once, or each part would lose the same ones."""
+
+    @opened_as(functools.partial(_whole, axis), f"likelihood_of_product_{axis}")
+    def parted(x_BxTxD: Array, weight: Array, targets_BxT: Array) -> Array:
+        return _by_parts(lambda x, targets: (_whole(axis, x, weight, targets),), x_BxTxD, targets_BxT)[0]
+
+    return parted
+
+
+_PARTED = tuple(map(_parted, (0, 1)))
+
+
+def _product(x: Array, weight: Array, axis: int) -> Array:
     dtype = jnp.result_type(x, weight)
     return lax.dot_general(x.astype(dtype), weight.astype(dtype), (((x.ndim - 1,), (axis,)), ((), ())))
 
 
 def _by_parts(function: Any, x_BxTxD: Array, targets_BxT: Array) -> list[Array]:
-    """The results of a function of a part of the columns, joined again."""
+    """The results of a function of a part of the columns, joined again. A part waits for the last result of the one
+    before it: else a compiler may have the logits of all parts there at a time."""
     b, t = targets_BxT.shape
     count = max(1, min(PARTS, b * t // FEW, t))
+    size = -(-t // count)
     found: list[tuple[Array, ...]] = []
-    for start in range(0, t, size := -(-t // count) or 1):
+    for start in range(0, max(t, 1), max(size, 1)):
         x, targets = x_BxTxD[:, start : start + size], targets_BxT[:, start : start + size]
-        found.append(function(_in_turn(x, found[-1][-1]) if found else x, targets))
+        found.append(function(after(x, found[-1][-1]) if found else x, targets))
     return [jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True)]
-
-
-@jax.custom_vjp
-def _in_turn(x: Array, before: Array) -> Array:
-    """x, but not before the last part's result: else a compiler may have the logits of all parts there at a time."""
-    return after(x, before)
-
-
-_in_turn.defvjp(lambda x, before: (after(x, before), None), lambda _, cotangent: (cotangent, None))
 
 
 def _forward(x, weight, targets, axis: int) -> tuple[Array, Any]:
     wanted = weight.perturbed
     x, weight, targets = (argument.value for argument in (x, weight, targets))
     if wanted:
-        return jax.vjp(lambda x, weight: _whole(axis)(x, weight, targets), x, weight)
+        return jax.vjp(lambda x, weight: _whole(axis, x, weight, targets), x, weight)
 
     def one(x: Array, targets: Array) -> tuple[Array, Array]:
-        nll, kept = _nll(_logits(x, weight, axis), targets)
+        nll, kept = _nll(_product(x, weight, axis), targets)
         d_logits = _nll_pulled(kept, jnp.ones_like(nll))[0]
-        return nll, _logits(d_logits, weight, 1 - axis).astype(x.dtype)
+        return nll, _product(d_logits, weight, 1 - axis).astype(x.dtype)
 
     nll, dx = _by_parts(one, x, targets)
     return nll, dx

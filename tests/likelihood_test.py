@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from experiments.benchmarks import measure
-from lora_jax import likelihood
+from lora_jax import likelihood, sharding
 from lora_jax.errors import UserError
 from lora_jax.likelihood import cross_entropy, of_product
+from lora_jax.models import quantized
 from lora_jax.recompute import between_products
 
 MODEL = dict(
@@ -56,14 +59,10 @@ def test_a_loss_passes_over_the_logits_less_often():
     assert passes(cross_entropy) < 0.9 * passes(plain)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_parts():
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
     """So that what is tested comes in parts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(likelihood, "FEW", 8)
-        likelihood._whole.cache_clear()
-        yield
-    likelihood._whole.cache_clear()
+    monkeypatch.setattr(likelihood, "FEW", 8)
 
 
 def case(b=3, t=11, d=5, v=13, dtype=jnp.float32):
@@ -78,7 +77,7 @@ def by_logits(x, weight, targets, axis=0):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("shape", [(3, 11), (1, 64), (16, 1), (2, 3), (0, 4)])
+@pytest.mark.parametrize("shape", [(3, 11), (1, 64), (16, 1), (2, 3), (0, 4), (2, 0)])
 def test_a_product_s_likelihoods_are_those_of_its_logits(shape, axis):
     x, weights, targets, factors = case(*shape)
     both = of_product, by_logits
@@ -105,6 +104,20 @@ def test_under_vmap():
     xs = jnp.stack([x, 2 * x])
     grads = lambda f: jax.vmap(jax.grad(lambda x: jnp.sum(factors * f(x, w, targets))))(xs)  # noqa: E731
     np.testing.assert_allclose(grads(of_product), grads(by_logits), atol=1e-5)
+
+
+def test_divided_over_a_mesh():
+    """Rows over its data axis, the vocabulary over its tensor axis."""
+    x, (w, _), targets, factors = case(4, 16, 8, 16)
+    grads = lambda x, w, f: jax.value_and_grad(lambda x: jnp.sum(factors * f(x, w, targets)))(x)  # noqa: E731
+    expected = grads(x, w, by_logits)
+    mesh = sharding.make_mesh(2, 1, 2)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(a, NamedSharding(mesh, P(*axes))) for a, axes in ((x, ["data"]), (w, [None, "tensor"]))
+        ]
+        found = jax.jit(lambda x, w: grads(x, w, of_product))(*placed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
 
 
 def test_no_array_has_the_logits_of_all_tokens_and_no_product_is_made_twice():
@@ -150,25 +163,46 @@ def test_a_model_says_what_its_logits_say(base):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [lj.lora(rank=2, targets=".*(lm_head|embed).*"), lj.full(), lj.lora(rank=2)])
+HEAD = ".*(lm_head|embed).*"
+
+
+@pytest.mark.parametrize(
+    "method", [lj.lora(rank=2, targets=HEAD), lj.lora(rank=2, targets=HEAD, dropout=0.5), lj.full(), lj.lora(rank=2)]
+)
 def test_an_adapter_of_the_head_learns_as_by_logits(base, method):
     """Whatever it adapts: the head, an embedding that is the head too, all weights, none of these."""
     tokens, targets = tokens_and_targets()
     delta = method.init(jax.random.key(0), base.variables, base.sites)
     moved = jax.tree.map(lambda x: x + 0.1 if jnp.issubdtype(x.dtype, jnp.floating) else x, delta)
-    apply = lj.lift(base.apply)
-    ours = lambda d: jnp.sum(apply(method.bind(base.variables, d), tokens, targets=targets))  # noqa: E731
-    plain = lambda d: jnp.sum(cross_entropy(apply(method.bind(base.variables, d), tokens), targets))  # noqa: E731
+    apply, bind = lj.lift(base.apply), lambda d: method.bind(base.variables, d, key=jax.random.key(1))
+    ours = lambda d: jnp.sum(apply(bind(d), tokens, targets=targets))  # noqa: E731
+    plain = lambda d: jnp.sum(cross_entropy(apply(bind(d), tokens), targets))  # noqa: E731
     (loss, found), (other, expected) = (jax.value_and_grad(f)(moved) for f in (ours, plain))
     np.testing.assert_allclose(loss, other, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(found))
 
 
-def test_targets_where_there_are_no_logits(base):
+def test_a_quantized_head_and_a_cache():
+    tokens, targets = tokens_and_targets()
+    whole = lj.from_config(MODEL, seed=1)
+    base = quantized(whole, "int8", targets="lm_head/kernel")
+    found = base.apply(base.variables, tokens, targets=targets)
+    np.testing.assert_allclose(found, cross_entropy(base.apply(base.variables, tokens), targets), atol=1e-5)
+    assert np.abs(found - whole.apply(whole.variables, tokens, targets=targets)).max() > 1e-4
+    found, cache = whole.apply(whole.variables, tokens, targets=targets, cache=whole.init_cache(2, 16))
+    np.testing.assert_allclose(found, whole.apply(whole.variables, tokens, targets=targets), atol=1e-5)
+    assert int(cache.filled) == 16
+
+
+def test_targets_that_cannot_be(base):
     tokens, targets = tokens_and_targets()
     with pytest.raises(UserError, match="targets are scored by logits, which output='hidden' leaves out"):
         base.apply(base.variables, tokens, targets=targets, output="hidden")
+    with pytest.raises(UserError, match=r"targets have the shape \(2, 15\), but the slots that they follow \(2, 16\)"):
+        base.apply(base.variables, tokens, targets=targets[:, 1:])
+    with pytest.raises(UserError, match=r"targets have the shape \(2, 16\), but the slots that they follow \(2, 1\)"):
+        base.apply(base.variables, tokens, targets=targets, pool_at=jnp.zeros((2, 1), jnp.int32))
     scored = lj.from_config(MODEL, num_labels=2)
-    with pytest.raises(UserError, match="targets was asked for, but a 'llama' model with a task head"):
+    with pytest.raises(UserError, match="a 'llama' model with a task head predicts none; take another task"):
         scored.apply(scored.variables, tokens, targets=targets)

@@ -6,7 +6,7 @@ ways in.
 """
 
 from lora_jax.lift.again import KEPT, keep, recomputes_products, traced
-from lora_jax.lift.control import usual
+from lora_jax.lift.control import opened_as
 from lora_jax.lift.find import find_sites
 from lora_jax.lift.frontier import Split, is_random, split
 from lora_jax.lift.moments import input_moments
@@ -15,5 +15,5 @@ from lora_jax.lift.weight import AdaptedWeight, Axes, is_adapted
 
 __all__ = [
     "KEPT", "AdaptedWeight", "Axes", "Split", "find_sites", "input_moments", "is_adapted", "is_random", "keep", "lift",
-    "recomputes_products", "split", "traced", "usual",
+    "opened_as", "recomputes_products", "split", "traced",
 ]  # fmt: skip

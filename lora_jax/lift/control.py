@@ -1,5 +1,5 @@
 """Control flow is entered: jit, remat, scan, while, cond, shard_map. Functions with their own derivative are not, but
-for those that say it is the usual one.
+some say what is to be run in their place.
 
 Each function rebuilds the construct with JAX's public API around an interpretation of its body, with adapted weights
 passed through as the pytrees they are.
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.lift.interpret import ENTER, Interpreter, opened
 from lora_jax.lift.weight import AdaptedWeight, NotStructural, is_adapted, slice_along, specs
@@ -35,28 +36,31 @@ def _jit(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
     return self.run(jaxpr, consts, operands, stack, wanted)
 
 
-_USUAL = "usual_derivative"
+_IN_PLACE_OF: dict[str, Callable] = {}
 
 
-def usual(function: Callable) -> Callable:
-    """For a function that `jax.custom_vjp` is given a rule for: says that the rule's result is the usual derivative.
+def opened_as(whole: Callable, name: str) -> Callable[[Callable], Callable]:
+    """For a function that `jax.custom_vjp` is given a rule for: what `lift` runs where an adapted weight enters it.
 
-    Where an adapted weight enters, the function is then opened, and the derivative is that of what is inside.
+    Args:
+      whole: of the same arguments, equal in value and, by plain autodiff, in derivative.
+      name: of the function in a program; its own.
+
+    Returns:
+      A decorator of the function.
     """
-
-    def call(*args):
-        return function(*args)
-
-    call.__name__ = _USUAL  # a name is what a program shows of a function
-    return jax.jit(call)
+    _IN_PLACE_OF[name] = whole
+    return lambda function: lambda *args: checkpoint_name(function(*args), name)
 
 
 @enter("custom_vjp_call")
 def _own_rule(self: Interpreter, eqn: Any, operands: list, stack: str) -> list:
-    jaxpr, consts = opened(eqn.params["call_jaxpr"])
-    if [e.params.get("name") for e in jaxpr.eqns] != [_USUAL]:
+    jaxpr, _ = opened(eqn.params["call_jaxpr"])
+    names = [e.params["name"] for e in jaxpr.eqns if e.primitive.name == "name"]
+    if len(names) != 1 or names[0] not in _IN_PLACE_OF:
         raise NotStructural
-    return self.run(jaxpr, consts, operands, stack)
+    whole = jax.make_jaxpr(_IN_PLACE_OF[names[0]])(*(v.aval for v in eqn.invars))
+    return self.run(whole.jaxpr, whole.consts, operands, stack)
 
 
 @enter("remat2", "remat", "checkpoint")

@@ -168,9 +168,7 @@ def make_apply(family: ModuleType, config: Any) -> Callable:
             raise UserError(f"output must be None or 'hidden', got {output!r}")
         given = {"positions": positions, "segment_ids": segment_ids, "pool_at": pool_at, "output": output}
         if targets is not None:
-            _needs(family.HAS_CACHE and config.num_labels is None, "targets", config)
-            if output is not None:
-                raise UserError("targets are scored by logits, which output='hidden' leaves out; give one of them")
+            _check_targets(family, config, targets, tokens if pool_at is None else pool_at, output)
             given["targets"] = targets
         if cache is not None:
             _needs(family.HAS_CACHE, "cache", config)
@@ -188,8 +186,23 @@ def make_apply(family: ModuleType, config: Any) -> Callable:
 
 def _needs(has: bool, name: str, config: Any) -> None:
     if not has:
-        kind = f"{config.model_type!r} model" + ("" if config.num_labels is None else " with a task head")
-        raise UserError(f"{name} was asked for, but a {kind} has no use for it; leave it out")
+        raise UserError(f"{name} was asked for, but a {_kind(config)} has no use for it; leave it out")
+
+
+def _kind(config: Any) -> str:
+    return f"{config.model_type!r} model" + ("" if config.num_labels is None else " with a task head")
+
+
+def _check_targets(family: ModuleType, config: Any, targets: Any, slots: Any, output: str | None) -> None:
+    if not family.HAS_CACHE or config.num_labels is not None:
+        raise UserError(
+            "the likelihood of each next token, which the tasks sft and language_modeling learn, was asked for, but a "
+            f"{_kind(config)} predicts none; take another task or a decoder without a task head"
+        )
+    if output is not None:
+        raise UserError("targets are scored by logits, which output='hidden' leaves out; give one of them")
+    if targets.shape != slots.shape:
+        raise UserError(f"targets have the shape {targets.shape}, but the slots that they follow {slots.shape}")
 
 
 def shapes(family: ModuleType, config: Any) -> dict[str, tuple[int, ...]]:

@@ -31,8 +31,9 @@ class Task:
       name: of the file it came from.
       options: every option with its value, as JSON; `tasks.get(name)(..., **options)` makes the task again.
       encode: record -> example, a dict of numpy arrays: (T,) per token, () per example.
-      inputs: batch -> keyword arguments of `base.apply`.
-      loss: (outputs, batch) -> (sum, weight), float32 scalars.
+      inputs: batch -> keyword arguments of `base.apply`; `targets` are among those of language models, so that outputs
+        are likelihoods and no logits.
+      loss: (outputs of `base.apply`, batch) -> (sum, weight), float32 scalars.
       sums: (outputs, batch) -> {name: array}, additive over batches.
       summary: sums on the host -> {metric: float}.
       per_example: (outputs, batch) -> {name: (B,S)}; only places with ids >= 0 mean something.

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax.lift import usual
+from lora_jax.lift import opened_as
 from tests.lift.checks import QUICK, axes, check, close, noisy, weights
 
 LINEAR = ((), (0,), (1,))
@@ -69,9 +69,9 @@ def test_weight_entering_a_function_with_its_own_rule(kind):
         assert part in str(caught.value)
 
 
-def test_a_rule_that_is_said_to_be_the_usual_one_is_opened_for_an_adapted_weight_alone():
+def test_what_a_rule_is_opened_as_is_run_for_an_adapted_weight_alone():
     """The rule here gives zeros, so that one sees which derivative was taken."""
-    product = jax.custom_vjp(usual(lambda x, w: x @ w))
+    product = jax.custom_vjp(opened_as(jnp.matmul, "product_of_this_test")(lambda x, w: x @ w))
     product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, dy: jax.tree.map(jnp.zeros_like, kept))
     variables, x = {"w": weights(6, 6)}, weights(5, 6)
     inside, beside = lambda v, x: product(x, v["w"]), lambda v, x: product(x, weights(6, 6)) @ v["w"]
@@ -81,6 +81,8 @@ def test_a_rule_that_is_said_to_be_the_usual_one_is_opened_for_an_adapted_weight
     def slope(function, x):
         return jax.grad(lambda x: jnp.sum(lj.lift(function)(adapter.bind(variables, delta), x)))(x)
 
+    with jax.disable_jit():
+        assert np.any(slope(inside, x))
     close(slope(inside, x), jax.grad(lambda x: jnp.sum(x @ adapter.merge(variables, delta)["w"]))(x), 1e-4)
     assert not np.any(slope(beside, x))
 
