@@ -8,9 +8,10 @@ accuracy after 300 steps with seeds 0, 1 and 2.
 
 Result (jax 0.10.2, 2 CPU cores, measured 2026-11-28): 0.839, 0.845 and 0.839 with seeds 0, 1 and 2, mean 0.841 (PEFT
 0.844); on test 0.862, 0.867 and 0.864. Over seeds 0 to 7 the dev accuracy is 0.848, from 0.839 to 0.861; with Threefry
-for dropout in place of the hash 0.850, from 0.846 to 0.856: a mean difference of 0.003 with a standard error of 0.003.
-58 to 63 s from the command to its end with nothing compiled before, 48 to 54 s compiled (PEFT 166 to 168 s). The
-examples of a step share rows: 14 of 64 tokens in place of 32 of 48 to 64.
+for dropout in place of the hash 0.850, from 0.846 to 0.856: a mean difference of 0.003 with a standard error of 0.003
+(Threefry's seeds 0 to 2 by an older version; seeds 3 to 7 of both on another machine). 58 to 63 s from the command to
+its end with nothing compiled before, 48 to 54 s compiled (PEFT 166 to 168 s). The examples of a step share rows: 14 of
+64 tokens in place of 32 of 48 to 64.
 """
 
 from configs import minilm

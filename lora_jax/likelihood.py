@@ -83,7 +83,7 @@ def of_product(x_BxTxD: Array, weight: Array, targets_BxT: Array, axis: int = 0)
 
 
 def _whole(axis: int, x: Array, weight: Array, targets: Array) -> Array:
-    return cross_entropy(_product(x, weight, axis), targets)
+    return cross_entropy(product(x, weight, axis), targets)
 
 
 def _parted(axis: int) -> Any:
@@ -99,7 +99,8 @@ def _parted(axis: int) -> Any:
 _PARTED = tuple(map(_parted, (0, 1)))
 
 
-def _product(x: Array, weight: Array, axis: int) -> Array:
+def product(x: Array, weight: Array, axis: int = 0) -> Array:
+    """x weight over the last axis of x and an axis of the weight, in the wider of both dtypes."""
     dtype = jnp.result_type(x, weight)
     return lax.dot_general(x.astype(dtype), weight.astype(dtype), (((x.ndim - 1,), (axis,)), ((), ())))
 
@@ -124,9 +125,9 @@ def _forward(x, weight, targets, axis: int) -> tuple[Array, Any]:
         return jax.vjp(lambda x, weight: _whole(axis, x, weight, targets), x, weight)
 
     def one(x: Array, targets: Array) -> tuple[Array, Array]:
-        nll, kept = _nll(_product(x, weight, axis), targets)
+        nll, kept = _nll(product(x, weight, axis), targets)
         d_logits = _nll_pulled(kept, jnp.ones_like(nll))[0]
-        return nll, _product(d_logits, weight, 1 - axis).astype(x.dtype)
+        return nll, product(d_logits, weight, 1 - axis).astype(x.dtype)
 
     nll, dx = _by_parts(one, x, targets)
     return nll, dx

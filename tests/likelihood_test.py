@@ -56,7 +56,7 @@ def test_a_loss_passes_over_the_logits_less_often():
         return step.lower(x).compile().cost_analysis()["bytes accessed"] / (256 * 4096 * 4)
 
     plain = lambda z, t: jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(likelihood._hit(z, t), z, 0.0), axis=-1)  # noqa: E731
-    assert passes(cross_entropy) < 0.9 * passes(plain)
+    assert passes(cross_entropy) < 0.85 * passes(plain)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_half_precision():
     np.testing.assert_array_equal(nll, expected)
     (dx,), (wanted,) = pull(factors), other(factors)
     assert (nll.dtype, dx.dtype) == (jnp.float32, jnp.bfloat16)
-    np.testing.assert_allclose(dx.astype(jnp.float32), wanted.astype(jnp.float32), atol=0.1)
+    np.testing.assert_allclose(dx.astype(jnp.float32), wanted.astype(jnp.float32), rtol=0.02, atol=0.02)
 
 
 def test_under_vmap():

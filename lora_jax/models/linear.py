@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.errors import UserError
-from lora_jax.likelihood import of_product
+from lora_jax.likelihood import of_product, product
 
 OTHER = "are they those of another config?"
 
@@ -71,9 +71,8 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array, targets: jax.Array | None = None) -> jax.Array:
         kernel_DxV = weight(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         if targets is not None:
-            return of_product(x, kernel_DxV, targets, 0)
-        dtype = jnp.result_type(x, kernel_DxV)
-        return jax.lax.dot_general(x.astype(dtype), kernel_DxV.astype(dtype), (((x.ndim - 1,), (0,)), ((), ())))
+            return of_product(x, kernel_DxV, targets)
+        return product(x, kernel_DxV)
 
 
 class Embed(nn.Module):
